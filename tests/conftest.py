@@ -1,0 +1,90 @@
+"""One environment, one Ray and one rule on skipping for every test.
+
+Importing this file sets the environment before any test imports torch or ray: offline, one torch thread a process (tiny models
+are slower on more), deepspeed on the CPU where there is no GPU, a Ray that reports nothing and asks for no token.
+A test may skip only if it is marked slow or gpu: where CI=true, any other skip fails the run, because a core test that quietly
+stopped running proves nothing.
+"""
+
+import os
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import pytest
+
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    RAY_AUTH_MODE="disabled",
+    RAY_USAGE_STATS_ENABLED="0",
+    RAY_worker_niceness="0",
+    TOKENIZERS_PARALLELISM="false",
+)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+hypothesis.settings.register_profile("imprint", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("imprint")
+
+MAY_SKIP = {"slow", "gpu"}
+SKIPPED = pytest.StashKey[list[str]]()
+
+
+@pytest.fixture(scope="session")
+def ray_local() -> Iterator[Any]:
+    """The `ray` module, connected to a local Ray of 4 logical CPUs that all tests of a run share. Starts in 20-30 s, ~0.8 GB."""
+    import ray
+
+    def start() -> None:
+        ray.init(
+            address="local",
+            num_cpus=4,
+            object_store_memory=256 * 2**20,
+            include_dashboard=True,
+            log_to_driver=False,
+            logging_level="ERROR",
+        )
+
+    try:
+        start()
+    except Exception as error:
+        if "timed out during startup" not in str(error):
+            raise
+        ray.shutdown()
+        start()
+    yield ray
+    ray.shutdown()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[SKIPPED] = []
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    if report.skipped:
+        collector.config.stash[SKIPPED].append(report.nodeid)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.skipped and not hasattr(report, "wasxfail") and MAY_SKIP.isdisjoint(mark.name for mark in item.iter_markers()):
+        item.config.stash[SKIPPED].append(report.nodeid)
+    return report
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if session.config.stash[SKIPPED] and os.environ.get("CI") == "true" and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if config.stash[SKIPPED] and os.environ.get("CI") == "true":
+        terminalreporter.section("skipped, though neither slow nor gpu: CI fails", red=True)
+        for nodeid in config.stash[SKIPPED]:
+            terminalreporter.line(nodeid)
