@@ -1,0 +1,247 @@
+"""Documents and questions -> examples -> padded batches.
+
+In: texts, questions with answers, a tokenizer, an explicit `random.Random` where something is drawn. Out: `Example`s (a context
+for the hypernetwork, a conversation for the base) and `Batch`es of them. The tasks are SHINE's: reconstruction, completion,
+packed groups of both (paper, section 4; spec of the released collators), and questions on a document.
+
+Contexts are padded on the left, so that memory embeddings follow the last token; conversations on the right. The released
+collators pad both on the left: the same under an attention mask, up to positions.
+
+Knows nothing of models, files and workers. Making an example costs its tokenisation; `packing` costs at most texts x open bins.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, NamedTuple
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from core.config import Section
+from core.prompts import IGNORED, Instructions, Limits, Turn, cut_text, encode_context, in_context, render
+
+
+class QuestionAnswer(NamedTuple):
+    """A question on a document and the answer to train on."""
+
+    question: str
+    answer: str
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A context (empty: no adapter) and a conversation; labels are the ids where supervised, else -100."""
+
+    context_ids: tuple[int, ...]
+    ids: tuple[int, ...]
+    labels: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        assert len(self.ids) == len(self.labels), f"{len(self.ids)} ids but {len(self.labels)} labels"
+
+    @property
+    def tokens(self) -> int:
+        """Supervised targets: the first label has no position that predicts it. 0 where cutting took the whole answer."""
+        return sum(label != IGNORED for label in self.labels[1:])
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Padded examples. B counts contexts in `context_*`, conversations elsewhere; masks are 1 on tokens, 0 on padding.
+
+    `index_B` gives the context of each conversation, -1 for none.
+    """
+
+    context_ids_BT: Tensor
+    context_mask_BT: Tensor
+    ids_BT: Tensor
+    mask_BT: Tensor
+    labels_BT: Tensor
+    index_B: Tensor
+
+    @property
+    def documents(self) -> int:
+        """Contexts, hence adapters to generate."""
+        return self.context_ids_BT.shape[0]
+
+    @property
+    def tokens(self) -> int:
+        """Supervised targets, `labels[:, 1:]`: the weight of this batch in a token-weighted loss."""
+        return int((self.labels_BT[:, 1:] != IGNORED).sum())
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch on a device."""
+        return Batch(**{name: getattr(self, name).to(device, non_blocking=True) for name in self.__dataclass_fields__})
+
+
+class Pretraining(Section):
+    """How a text of a packed group is asked back (SHINE, pretraining)."""
+
+    completion_frequency: Annotated[float, Field(ge=0, le=1)] = 0.5
+    removed_share_min: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    removed_share_max: Annotated[float, Field(gt=0, lt=1)] = 0.3
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "Pretraining":
+        if self.removed_share_min > self.removed_share_max:
+            raise ValueError("removed_share_min is above removed_share_max")
+        return self
+
+
+DEFAULT_LIMITS = Limits()
+DEFAULT_INSTRUCTIONS = Instructions()
+DEFAULT_PRETRAINING = Pretraining()
+
+
+def reconstruction(
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    limits: Limits = DEFAULT_LIMITS,
+    instructions: Instructions = DEFAULT_INSTRUCTIONS,
+) -> Example:
+    """The text as context; asked for, it is given back."""
+    context_ids = encode_context(tokenizer, text, limits)
+    return _example(tokenizer, context_ids, [Turn(instructions.reconstruct, text)], limits)
+
+
+def completion(
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    removed_share: float,
+    limits: Limits = DEFAULT_LIMITS,
+    instructions: Instructions = DEFAULT_INSTRUCTIONS,
+) -> Example:
+    """The text without its last words as context; asked for, the full text is given."""
+    context_ids = encode_context(tokenizer, shortened(text, removed_share), limits)
+    return _example(tokenizer, context_ids, [Turn(instructions.complete, text)], limits)
+
+
+def shortened(text: str, removed_share: float) -> str:
+    """The text without the last `removed_share` of its words, blanks in place of all white space; a single word stays whole.
+
+    The number kept is rounded half to even; at least one word is kept and one removed.
+    """
+    words = text.split()
+    if len(words) < 2:
+        return text
+    kept = round(len(words) * (1 - removed_share))
+    return " ".join(words[: min(max(kept, 1), len(words) - 1)])
+
+
+def pretraining_example(
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    rng: random.Random,
+    limits: Limits = DEFAULT_LIMITS,
+    instructions: Instructions = DEFAULT_INSTRUCTIONS,
+    pretraining: Pretraining = DEFAULT_PRETRAINING,
+) -> Example:
+    """A packed group: one context of all texts, one turn per text.
+
+    For each text reconstruction or completion is drawn, and the share removed. Contexts and turns are shuffled independently, so
+    that a turn's place does not tell which text is meant.
+    """
+    if not texts:
+        raise ValueError("a group needs at least one text")
+    contexts, turns = [], []
+    for text in texts:
+        if rng.random() < pretraining.completion_frequency:
+            share = rng.uniform(pretraining.removed_share_min, pretraining.removed_share_max)
+            contexts.append(shortened(text, share))
+            turns.append(Turn(instructions.complete, text))
+        else:
+            contexts.append(text)
+            turns.append(Turn(instructions.reconstruct, text))
+    rng.shuffle(contexts)
+    rng.shuffle(turns)
+    return _example(tokenizer, encode_context(tokenizer, instructions.separator.join(contexts), limits), turns, limits)
+
+
+def question_examples(
+    tokenizer: PreTrainedTokenizerBase, document_text: str, qas: Sequence[QuestionAnswer], limits: Limits = DEFAULT_LIMITS
+) -> list[Example]:
+    """One example per question; all share the document's context, which `collate` stores once."""
+    context_ids = tuple(encode_context(tokenizer, document_text, limits))
+    return [_example(tokenizer, context_ids, [Turn(*qa)], limits) for qa in qas]
+
+
+def multi_turn_example(
+    tokenizer: PreTrainedTokenizerBase, document_text: str, qas: Sequence[QuestionAnswer], limits: Limits = DEFAULT_LIMITS
+) -> Example:
+    """All questions of a document as the turns of one conversation (SHINE, instruction tuning on many questions)."""
+    return _example(tokenizer, encode_context(tokenizer, document_text, limits), [Turn(*qa) for qa in qas], limits)
+
+
+def in_context_example(
+    tokenizer: PreTrainedTokenizerBase, document_text: str, qas: Sequence[QuestionAnswer], limits: Limits = DEFAULT_LIMITS
+) -> Example:
+    """No context: the first question shows the document, cut to `limits.context_tokens`. What a base is trained on.
+
+    The conversation may hold the tokens of both limits.
+    """
+    if not qas:
+        raise ValueError("an in-context example needs at least one question")
+    first, *rest = qas
+    shown = in_context(cut_text(tokenizer, document_text, limits), first.question)
+    room = Limits(conversation_tokens=limits.context_tokens + limits.conversation_tokens)
+    return _example(tokenizer, (), [Turn(shown, first.answer), *(Turn(*qa) for qa in rest)], room)
+
+
+def _example(tokenizer: PreTrainedTokenizerBase, context_ids: Sequence[int], turns: Sequence[Turn], limits: Limits) -> Example:
+    ids, labels = render(tokenizer, turns)
+    stop = limits.conversation_tokens
+    return Example(tuple(context_ids), tuple(ids[:stop]), tuple(labels[:stop]))
+
+
+def collate(examples: Sequence[Example], pad_id: int, pad_to_multiple: int = 1) -> Batch:
+    """Pads examples to a batch, lengths rounded up to a multiple; equal contexts become one row, in order of appearance."""
+    if not examples:
+        raise ValueError("a batch needs at least one example")
+    rows: dict[tuple[int, ...], int] = {}
+    index = [rows.setdefault(tuple(example.context_ids), len(rows)) if example.context_ids else -1 for example in examples]
+    context_ids_BT, context_mask_BT = _pad(list(rows), pad_id, pad_to_multiple, left=True)
+    ids_BT, mask_BT = _pad([example.ids for example in examples], pad_id, pad_to_multiple)
+    labels_BT, _ = _pad([example.labels for example in examples], IGNORED, pad_to_multiple)
+    return Batch(context_ids_BT, context_mask_BT, ids_BT, mask_BT, labels_BT, torch.tensor(index))
+
+
+def _pad(rows: Sequence[Sequence[int]], value: int, multiple: int, *, left: bool = False) -> tuple[Tensor, Tensor]:
+    """(values, mask), both int64 `[B, T]`; T is 0 without rows."""
+    width = -(-max(map(len, rows), default=0) // multiple) * multiple
+    values_BT = torch.full((len(rows), width), value)
+    mask_BT = torch.zeros_like(values_BT)
+    for place, row in enumerate(rows):
+        span = slice(width - len(row), width) if left else slice(0, len(row))
+        values_BT[place, span] = torch.tensor(row, dtype=torch.int64)
+        mask_BT[place, span] = 1
+    return values_BT, mask_BT
+
+
+def packing(lengths: Sequence[int], max_length: int, open_bins: int = 100, overhead: int = 11) -> list[list[int]]:
+    """Groups texts (indices into `lengths`, in tokens) so that a group's lengths and overheads fit into `max_length`.
+
+    SHINE's rule, order of groups included: the first open bin with room takes a text; if none has, the bin with the least room
+    left is closed and restarted with it. A text that does not fit alone is a group of its own. `overhead` is what the template
+    adds to a text (11 tokens in ChatML).
+    """
+    if open_bins < 1:
+        raise ValueError(f"open_bins is {open_bins}: give 1 or more")
+    groups: list[list[int]] = []
+    bins: list[list[int]] = [[] for _ in range(open_bins)]
+    room = [max_length] * open_bins
+    for text, length in enumerate(lengths):
+        cost = length + overhead
+        if cost > max_length:
+            groups.append([text])
+            continue
+        place = next((i for i, free in enumerate(room) if free >= cost), None)
+        if place is None:
+            place = min(range(open_bins), key=room.__getitem__)
+            groups.append(bins[place])
+            bins[place], room[place] = [], max_length
+        bins[place].append(text)
+        room[place] -= cost
+    return groups + [group for group in bins if group]

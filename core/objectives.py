@@ -1,0 +1,50 @@
+"""Batch -> summed loss and what it was summed over.
+
+Losses are sums over supervised targets, so that whoever trains can divide by the targets of the whole global batch: short
+conversations then weigh what they are, on any number of ranks (spec of SHINE, 4.4). The head runs on supervised positions only, in
+fp32. Knows nothing of optimisers, ranks or data.
+"""
+
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from core.base_model import BaseModel
+from core.examples import IGNORED, Batch
+from core.hypernetwork import Hypernetwork
+from core.lora import LoraWeights, attach
+
+HEAD_ROWS = 8192
+
+
+def row_losses(base: BaseModel, batch: Batch, weights: LoraWeights | None, index_B: Tensor | None = None) -> Tensor:
+    """`[B]` summed next-token cross entropy of each conversation, in nats.
+
+    weights: adapters for the batch's contexts (row b under `batch.index_B[b]`), or None for the bare base. index_B: other adapters
+    for the rows than the batch names (controls). Memory: logits of at most `HEAD_ROWS` targets at a time without autograd.
+    """
+    index_B = batch.index_B if index_B is None else index_B
+    with attach(base, weights, index_B) if weights is not None else nullcontext():
+        hidden_BTH = base.hidden_states(batch.ids_BT, batch.mask_BT)
+    supervised = batch.labels_BT[:, 1:] != IGNORED
+    hidden_TH, targets_T = hidden_BTH[:, :-1][supervised], batch.labels_BT[:, 1:][supervised]
+    losses_T = torch.cat(
+        [
+            torch.nn.functional.cross_entropy(base.head(hidden).float(), targets, reduction="none")
+            for hidden, targets in zip(hidden_TH.split(HEAD_ROWS), targets_T.split(HEAD_ROWS), strict=True)
+        ]
+    )
+    rows_T = supervised.nonzero()[:, 0]
+    return losses_T.new_zeros(len(batch.ids_BT)).index_add(0, rows_T, losses_T)
+
+
+def language_loss(base: BaseModel, batch: Batch) -> Tensor:
+    """Summed loss of the bare base: what a base is trained on. Divide by `batch.tokens`."""
+    return row_losses(base, batch, None).sum()
+
+
+def hypernetwork_loss(hypernetwork: Hypernetwork, batch: Batch) -> Tensor:
+    """Summed loss of the frozen base under the adapters generated from the batch's contexts (paper, section 3)."""
+    weights = hypernetwork.generate(batch.context_ids_BT, batch.context_mask_BT)
+    return row_losses(hypernetwork.base, batch, weights).sum()
