@@ -1,0 +1,565 @@
+import json
+import multiprocessing
+import re
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from core.adapter import AdapterSpec, SiteShape
+from core.codec import ENCODINGS
+from core.config import digest
+from core.documents import Document, Window
+from core.manifest import (
+    CorruptObject,
+    MissingObject,
+    NewAdapter,
+    Producer,
+    Root,
+    StoreError,
+    adapter_id,
+    blob_hash,
+    rows_from_parquet,
+    rows_to_parquet,
+)
+from core.store import ALIGNMENT_BYTES, Store
+
+SPEC = AdapterSpec(((SiteShape("q", 4, 6), SiteShape("down", 6, 4)),) * 2, rank=2)
+PRODUCER = Producer(method="shine", weights="w" * 64, config={"base": "tiny", "quantised": None, "sizes": [1, 2.5]})
+
+
+def document(text: str = "text", tenant: str = "tenant", collection: str = "c", name: str = "name", title: str = "") -> Document:
+    return Document(tenant=tenant, collection=collection, name=name, title=title, text=text)
+
+
+def vector(seed: int = 0) -> torch.Tensor:
+    return torch.randn(SPEC.numel, generator=torch.Generator().manual_seed(seed))
+
+
+def adapter(of: Document, seed: int = 0, **changes: object) -> NewAdapter:
+    values = {"window": Window(0, 3), "producer": PRODUCER, "spec": SPEC, "encoding": "fp32", "vector": vector(seed), "tokens": 3}
+    return NewAdapter(**{"tenant": of.tenant, "content_hash": of.content_hash, **values, **changes})
+
+
+def store_with_one(path: Path) -> tuple[Store, Document]:
+    store, one = Store.open(path, create=True), document("Its own text.", title="Title")
+    store.put([one], [adapter(one)])
+    return store, one
+
+
+def the_file(path: Path, pattern: str) -> Path:
+    return max(path.glob(pattern))
+
+
+def flip(file: Path, at: int) -> None:
+    data = bytearray(file.read_bytes())
+    data[at] ^= 1
+    file.write_bytes(data)
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    store = Store.open(tmp_path, create=True)
+    one = document("é\ntext", name="a/b:c 日本", title="Title")
+    result = store.put([one], [adapter(one, quality=0.5, parent="p" * 64)])
+    assert (result.sequence, result.new_documents, result.new_adapters) == (2, 1, 1)
+    for reader in (store, Store.open(f"file://{tmp_path}"), Store.open(store.url)):
+        row = reader.find_document("tenant", "c", "a/b:c 日本")
+        assert row is not None and (row, one.content_hash) == (result.documents[0], row.content_hash)
+        assert (reader.get_text(row), row.title, row.sequence) == (one.text, "Title", 2)
+        [found] = reader.find_adapters("tenant", one.content_hash)
+        assert found == result.adapters[0] == reader.adapter(found.adapter_id)
+        assert found.adapter_id == adapter_id("tenant", one.content_hash, Window(0, 3), PRODUCER, SPEC, "fp32")
+        assert (found.window, found.rank, found.tokens, found.quality, found.parent) == (Window(0, 3), 2, 3, 0.5, "p" * 64)
+        assert torch.equal(reader.get_vector(found), vector())
+        assert reader.producers() == {PRODUCER.fingerprint: PRODUCER}
+        assert reader.spec(found.spec_fingerprint) == SPEC
+        assert reader.stats() == (2, 2, 1, 1, 1, len(one.text.encode()), 4 * SPEC.numel)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    st.dictionaries(
+        st.text(st.characters(exclude_categories=["Cc", "Cs", "Zl", "Zp"]), min_size=1, max_size=20).filter(str.strip),
+        st.text(min_size=1, max_size=200).filter(lambda text: text.isprintable() and text.strip()),
+        max_size=6,
+    ),
+    st.lists(st.tuples(st.integers(0, 5), st.sampled_from(ENCODINGS)), max_size=6, unique=True),
+    st.integers(1, 6),
+)
+def test_any_documents_and_vectors_round_trip(
+    tmp_path_factory: pytest.TempPathFactory, texts: dict[str, str], vectors: list[tuple[int, str]], batch: int
+) -> None:
+    path = tmp_path_factory.mktemp("store")
+    writer = Store.open(path, create=True)
+    documents = list({each.name: each for each in (document(text, name=name) for name, text in texts.items())}.values())
+    adapters = [adapter(document(f"text {seed}"), seed, encoding=encoding) for seed, encoding in vectors]
+    for start in range(0, 6, batch):
+        writer.put(documents[start : start + batch], adapters[start : start + batch])
+    reader = Store.open(path)
+    listed = reader.list_documents("tenant").rows
+    assert {row.name: reader.get_text(row) for row in listed} == {each.name: each.text for each in documents}
+    rows = [reader.adapter(new.adapter_id) for new in adapters]
+    for (seed, encoding), row in zip(vectors, rows, strict=True):
+        expected_N = vector(seed) if encoding == "fp32" else vector(seed).bfloat16().float()
+        assert row is not None and torch.equal(reader.get_vector(row), expected_N)
+    places = sorted((row.shard, row.offset, row.length) for row in [*listed, *rows])
+    assert all(offset % ALIGNMENT_BYTES == 0 for _, offset, _ in places)
+    for (shard, offset, length), (next_shard, next_offset, _) in pairwise(places):
+        assert shard != next_shard or offset + length <= next_offset
+    assert all((path / "shards" / shard).stat().st_size >= offset + length for shard, offset, length in places)
+
+
+def test_encoded_bytes_are_taken_as_they_are(tmp_path: Path) -> None:
+    store, one = Store.open(tmp_path, create=True), document()
+    data = vector().bfloat16().view(torch.int16).numpy().tobytes()
+    [row] = store.put([one], [adapter(one, encoding="bf16", vector=data)]).adapters
+    assert store.get_bytes(row) == data and row.blob_hash == blob_hash(data)
+
+
+def test_names_are_found_in_every_normal_form(tmp_path: Path) -> None:
+    store = Store.open(tmp_path, create=True)
+    store.put([document(name="Cafe\u0301")])
+    assert store.find_document("tenant", "c", "Caf\u00e9") == store.find_document("tenant", "c", "Cafe\u0301") is not None
+    assert len(store.list_documents("tenant", prefix="Cafe\u0301").rows) == 1
+
+
+def test_opening_says_what_is_wrong(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no store at"):
+        Store.open(tmp_path / "absent")
+    assert not (tmp_path / "absent").exists()
+    for url in ("s3://bucket/prefix", "memory://x", Path("s3://bucket/x")):
+        with pytest.raises(ValueError, match=r"not supported; give a path or a file:// URL"):
+            Store.open(url, create=True)
+
+
+def test_a_store_without_roots_is_not_made_anew(tmp_path: Path) -> None:
+    store, _ = store_with_one(tmp_path)
+    for root in tmp_path.glob("roots/*"):
+        root.unlink()
+    with pytest.raises(StoreError, match="holds shards or a manifest but no root"):
+        Store.open(tmp_path, create=True)
+    with pytest.raises(StoreError, match=r"roots/0+2\.json has gone"):
+        store.refresh()
+
+
+def test_creating_twice_keeps_what_is_there(tmp_path: Path) -> None:
+    store_with_one(tmp_path)
+    assert Store.open(tmp_path, create=True).stats().documents == 1
+
+
+def test_putting_again_changes_nothing(tmp_path: Path) -> None:
+    store, one = store_with_one(tmp_path)
+    files = sorted(tmp_path.rglob("*"))
+    again = store.put([one, one], [adapter(one), adapter(one, seed=1)])
+    assert (again.sequence, again.new_documents, again.new_adapters) == (2, 0, 0)
+    assert again.documents == [store.find_document(*again.documents[0].key)] * 2
+    assert torch.equal(store.get_vector(again.adapters[1]), vector()), "the first commit of an id wins"
+    assert sorted(tmp_path.rglob("*")) == files
+
+
+def test_first_commit_wins_within_a_batch_and_between_stores(tmp_path: Path) -> None:
+    first, one = Store.open(tmp_path, create=True), document()
+    second = Store.open(tmp_path)
+    assert first.put([], [adapter(one, 1), adapter(one, 2)]).new_adapters == 1
+    [row] = second.put([one], [adapter(one, 3)]).adapters
+    assert torch.equal(second.get_vector(row), vector(1))
+    assert second.stats().documents == 1
+
+
+def test_losing_the_race_for_an_id_keeps_the_winners_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, one, other = Store.open(tmp_path, create=True), document("one"), document("other", name="other")
+    rival = Store.open(tmp_path)
+    create = store._objects.create
+
+    def create_late(name: str, data: bytes) -> bool:
+        monkeypatch.undo()
+        rival.put([one], [adapter(one, 1)])
+        return create(name, data)
+
+    monkeypatch.setattr(store._objects, "create", create_late)
+    result = store.put([one, other], [adapter(one, 2), adapter(other, 3)])
+    assert (result.sequence, result.new_documents, result.new_adapters) == (3, 1, 1)
+    assert [row.sequence for row in result.documents] == [2, 3]
+    for reader in (store, Store.open(tmp_path)):
+        assert [torch.equal(reader.get_vector(row), vector(seed)) for row, seed in zip(result.adapters, (1, 3), strict=True)]
+        assert torch.equal(reader.get_vector(result.adapters[0]), vector(1))
+        assert reader.stats()[2:5] == (1, 2, 2)
+    listed = {part.name for part in Root.from_bytes(the_file(tmp_path, "roots/*").read_bytes(), "root").parts}
+    assert {file.name for file in tmp_path.glob("manifest/*")} == listed, "parts of the lost attempt are gone"
+
+
+def test_an_edit_hides_the_old_adapter(tmp_path: Path) -> None:
+    store, old = Store.open(tmp_path, create=True), document("Old text.")
+    store.put([old], [adapter(old)])
+    reader = Store.open(tmp_path)
+    new = document("New text.")
+    store.put([new])
+    assert reader.refresh() and not reader.refresh()
+    for each in (store, reader, Store.open(tmp_path)):
+        row = each.find_document("tenant", "c", "name")
+        assert row is not None and (each.get_text(row), row.sequence) == ("New text.", 3)
+        assert each.find_adapters("tenant", row.content_hash) == []
+        assert each.list_documents("tenant").rows == [row]
+    store.put([old])
+    row = store.find_document("tenant", "c", "name")
+    assert row is not None and row.sequence == 4
+    assert len(store.find_adapters("tenant", row.content_hash)) == 1, "the old content is back, and its adapter with it"
+
+
+def test_one_name_twice_in_a_batch_is_refused(tmp_path: Path) -> None:
+    store = Store.open(tmp_path, create=True)
+    with pytest.raises(ValueError, match="'name' is twice in one batch"):
+        store.put([document("one"), document("two")])
+    assert store.sequence == 1 and not list(tmp_path.glob("shards/*"))
+
+
+def test_a_deleted_document_no_longer_resolves(tmp_path: Path) -> None:
+    store, one = store_with_one(tmp_path)
+    row = store.find_document("tenant", "c", "name")
+    assert store.delete_document("tenant", "c", "name") and not store.delete_document("tenant", "c", "name")
+    for each in (store, Store.open(tmp_path)):
+        assert each.find_document("tenant", "c", "name") is None
+        assert each.list_documents("tenant").rows == [] and each.stats().documents == 0
+    assert store.put([one]).new_documents == 1
+    assert store.find_document("tenant", "c", "name") not in (None, row)
+
+
+def test_tenants_never_meet(tmp_path: Path) -> None:
+    store = Store.open(tmp_path, create=True)
+    mine, theirs = document("Same text.", tenant="mine"), document("Same text.", tenant="theirs")
+    assert mine.content_hash == theirs.content_hash
+    result = store.put([mine, theirs], [adapter(mine, 1), adapter(theirs, 2)])
+    assert result.adapters[0].adapter_id != result.adapters[1].adapter_id
+    assert len({(row.shard, row.offset) for row in (*result.documents, *result.adapters)}) == 4, "no bytes are shared"
+    for tenant, seed in (("mine", 1), ("theirs", 2)):
+        [row] = store.find_adapters(tenant, mine.content_hash)
+        assert row.tenant == tenant and torch.equal(store.get_vector(row), vector(seed))
+        assert [row.tenant for row in store.list_documents(tenant).rows] == [tenant]
+        assert store.stats(tenant)[2:5] == (1, 1, 1)
+    store.delete_document("mine", "c", "name")
+    assert store.find_document("theirs", "c", "name") is not None
+    assert store.find_document("nobody", "c", "name") is None and store.list_documents("nobody").rows == []
+
+
+def test_adapters_come_by_window_and_producer(tmp_path: Path) -> None:
+    store, one = Store.open(tmp_path, create=True), document()
+    other = Producer(method="lift", weights="v", config={})
+    store.put([], [adapter(one, window=Window(5, 9)), adapter(one, producer=other), adapter(one, window=Window(0, 5))])
+    assert [row.window for row in store.find_adapters("tenant", one.content_hash)] == [(0, 3), (0, 5), (5, 9)]
+    rows = store.find_adapters("tenant", one.content_hash, PRODUCER.fingerprint)
+    assert [row.window for row in rows] == [(0, 5), (5, 9)]
+    assert Store.open(tmp_path).producers() == {PRODUCER.fingerprint: PRODUCER, other.fingerprint: other}
+
+
+def test_listing_pages_in_a_stable_order(tmp_path: Path) -> None:
+    store = Store.open(tmp_path, create=True)
+    names = [(c, f"{p}{i}") for c in ("a", "b", "d") for p in ("x/", "y/", "z") for i in range(4)]
+    store.put([document(name=name, collection=place) for place, name in reversed(names)])
+
+    def pages(**which: object) -> list[tuple[str, str]]:
+        keys, token = [], None
+        while True:
+            page = store.list_documents("tenant", page_token=token, **which)
+            keys += [(row.collection, row.name) for row in page.rows]
+            token = page.next_token
+            if token is None:
+                return keys
+
+    for limit in (1, 2, 5, 36, 100):
+        assert pages(limit=limit) == names
+        assert pages(limit=limit, collection="b") == [key for key in names if key[0] == "b"]
+        assert pages(limit=limit, prefix="y/") == [key for key in names if key[1].startswith("y/")]
+        assert pages(limit=limit, collection="d", prefix="z3") == [("d", "z3")]
+        assert pages(limit=limit, prefix="absent") == pages(limit=limit, collection="c") == []
+
+    first = store.list_documents("tenant", limit=3)
+    store.put([document(collection="a", name="x/00"), document(collection="a", name="x/20")])
+    store.delete_document("tenant", *names[2])
+    then = store.list_documents("tenant", limit=3, page_token=first.next_token)
+    assert [row.name for row in then.rows] == ["x/20", "x/3", "y/0"]
+
+
+@pytest.mark.parametrize("token", ["", "?", "e30=", "WzEsMl0=", "WyJhIl0=", "é", "W" * 1000])
+def test_bad_page_tokens_are_refused(tmp_path: Path, token: str) -> None:
+    store, _ = store_with_one(tmp_path)
+    with pytest.raises(ValueError, match="page token"):
+        store.list_documents("tenant", page_token=token)
+    for limit in (0, 1001):
+        with pytest.raises(ValueError, match="limit is"):
+            store.list_documents("tenant", limit=limit)
+
+
+def test_bad_adapters_are_refused_and_nothing_is_written(tmp_path: Path) -> None:
+    store, one = Store.open(tmp_path, create=True), document()
+    bad: list[tuple[dict[str, object], str]] = [
+        ({"vector": torch.zeros(3)}, "the vector has 12 bytes, but its spec has"),
+        ({"vector": b"xx"}, "the vector has 2 bytes"),
+        ({"vector": torch.full((SPEC.numel,), torch.nan)}, "not finite"),
+        ({"window": Window(2, 2)}, "window"),
+        ({"window": Window(-1, 2)}, "window"),
+        ({"tenant": "a\0"}, "tenant"),
+        ({"content_hash": "../x"}, "content hash"),
+        ({"encoding": "int8"}, "'int8' is not known"),
+    ]
+    for changes, message in bad:
+        with pytest.raises(ValueError, match=message):
+            store.put([one], [adapter(one, **changes)])
+    assert store.sequence == 1 and store.find_document("tenant", "c", "name") is None and not list(tmp_path.glob("shards/*"))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.sampled_from(["manifest/*", "roots/*2.json"]), st.floats(0, 1, exclude_max=True))
+def test_a_flipped_byte_of_part_or_root_is_detected(tmp_path_factory: pytest.TempPathFactory, pattern: str, where: float) -> None:
+    path = tmp_path_factory.mktemp("store")
+    store_with_one(path)
+    file = the_file(path, pattern)
+    flip(file, int(where * file.stat().st_size))
+    with pytest.raises(StoreError, match=re.escape(file.name)):
+        Store.open(path)
+
+
+def test_a_flipped_byte_of_a_blob_is_detected(tmp_path: Path) -> None:
+    store, one = store_with_one(tmp_path)
+    text_row, [vector_row] = store.find_document("tenant", "c", "name"), store.find_adapters("tenant", one.content_hash)
+    assert text_row is not None
+    file = the_file(tmp_path, "shards/*")
+    for row, read in ((text_row, store.get_text), (vector_row, store.get_vector)):
+        for at in (row.offset, row.offset + row.length // 2, row.offset + row.length - 1):
+            flip(file, at)
+            with pytest.raises(CorruptObject, match=f"shards/{file.name} is damaged between bytes {row.offset} and"):
+                read(row)
+            flip(file, at)
+        read(row)
+
+
+def test_a_truncated_or_missing_object_is_detected(tmp_path: Path) -> None:
+    store, one = store_with_one(tmp_path)
+    [row] = store.find_adapters("tenant", one.content_hash)
+    shard = the_file(tmp_path, "shards/*")
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(CorruptObject, match=f"shards/{shard.name} has .* cut short"):
+        store.get_vector(row)
+    shard.unlink()
+    with pytest.raises(MissingObject, match=f"shards/{shard.name} is missing"):
+        store.get_vector(row)
+    part = the_file(tmp_path, "manifest/*")
+    part.unlink()
+    with pytest.raises(MissingObject, match=f"manifest/{part.name} is missing"):
+        Store.open(tmp_path)
+
+
+def test_a_refresh_that_fails_keeps_the_version(tmp_path: Path) -> None:
+    writer, one = store_with_one(tmp_path)
+    reader = Store.open(tmp_path)
+    writer.put([document("other", name="other")])
+    flip(the_file(tmp_path, "roots/*"), 5)
+    with pytest.raises(StoreError, match=r"roots/0+3\.json"):
+        reader.refresh()
+    row = reader.find_document("tenant", "c", "name")
+    assert reader.sequence == 2 and row is not None and reader.get_text(row) == one.text
+
+
+def seal(values: dict[str, object]) -> bytes:
+    values = {key: value for key, value in values.items() if key != "checksum"}
+    return json.dumps(values | {"checksum": digest(values)}, sort_keys=True, separators=(",", ":")).encode()
+
+
+def forge(path: Path, change: Callable[[dict], object]) -> None:
+    file = the_file(path, "roots/*")
+    values = json.loads(file.read_bytes())
+    change(values)
+    file.write_bytes(seal(values))
+
+
+def test_an_unknown_format_says_which_version_reads_it(tmp_path: Path) -> None:
+    store_with_one(tmp_path)
+    forge(tmp_path, lambda root: root.update(format_version=2, something="new"))
+    with pytest.raises(
+        ValueError, match=r"roots/0+2\.json has format version 2, and this Imprint reads version 1.*reads format version 2"
+    ):
+        Store.open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda root: root["parts"][0].update(name="../../" + root["parts"][0]["name"]),
+        lambda root: root["parts"][0].update(name=root["parts"][0]["name"] + "\n"),
+        lambda root: root["parts"][0].update(kind="adapters"),
+        lambda root: root["parts"][0].update(rows=7),
+        lambda root: root["parts"][0].update(rows=-1),
+        lambda root: root["producers"].update({"0" * 64: next(iter(root["producers"].values()))}),
+        lambda root: root.update(sequence=7),
+        lambda root: root.update(sequence=-(10**30)),
+        lambda root: root.update(extra=1),
+        lambda root: root.pop("parts"),
+        lambda root: root.clear(),
+    ],
+)
+def test_forged_roots_are_refused(tmp_path: Path, change: Callable[[dict], object]) -> None:
+    store_with_one(tmp_path)
+    forge(tmp_path, change)
+    with pytest.raises(StoreError):
+        Store.open(tmp_path)
+
+
+@pytest.mark.parametrize("data", [b"", b"[]", b"null", b"\xff", b"[" * 100_000, b'{"format_version":1' + b"0" * 5000 + b"}"])
+def test_roots_of_other_bytes_are_refused(data: bytes) -> None:
+    with pytest.raises(StoreError, match="roots/1"):
+        Root.from_bytes(data, "roots/1")
+
+
+def test_a_spec_under_anothers_fingerprint_is_refused(tmp_path: Path) -> None:
+    store_with_one(tmp_path)
+    forge(tmp_path, lambda root: root["specs"].update({SPEC.fingerprint: SPEC.with_rank(3).to_json()}))
+    with pytest.raises(StoreError, match="fingerprint"):
+        Store.open(tmp_path).spec(SPEC.fingerprint)
+    with pytest.raises(StoreError, match="knows no spec 00"):
+        Store.open(tmp_path).spec("0" * 64)
+
+
+@pytest.mark.parametrize(
+    "shard", ["../secret.bin", "/etc/passwd", "..", "", "a.bin", "0" * 32 + ".bin\n", "0" * 32 + ".bin/../x"]
+)
+def test_hostile_shard_names_are_refused(tmp_path: Path, shard: str) -> None:
+    store, one = store_with_one(tmp_path)
+    (tmp_path / "secret.bin").write_bytes(b"secret")
+    [row] = store.find_adapters("tenant", one.content_hash)
+    hostile = replace(row, shard=shard, offset=0, length=6, blob_hash=blob_hash(b"secret"))
+    [hostile] = rows_from_parquet("adapters", rows_to_parquet("adapters", [hostile]), "part")
+    with pytest.raises(CorruptObject, match="is not the name of a shard"):
+        store.get_bytes(hostile)
+
+
+@pytest.mark.parametrize(("offset", "length"), [(-1, 2), (0, -1), (0, 2**62), (2**62, 2**62), (10**6, 0)])
+def test_hostile_ranges_are_refused(tmp_path: Path, offset: int, length: int) -> None:
+    store, one = store_with_one(tmp_path)
+    [row] = store.find_adapters("tenant", one.content_hash)
+    with pytest.raises(CorruptObject, match="cut short"):
+        store.get_bytes(replace(row, offset=offset, length=length))
+
+
+def test_bytes_that_are_no_part_are_refused() -> None:
+    other = pa.BufferOutputStream()
+    pa.parquet.write_table(pa.table({"x": [1]}), other)
+    for data in (b"", b"PAR1", b"PAR1" * 100, other.getvalue().to_pybytes()):
+        with pytest.raises(CorruptObject, match="manifest/x"):
+            rows_from_parquet("documents", data, "manifest/x")
+
+
+def test_many_commits_stay_few_parts(tmp_path: Path) -> None:
+    store = Store.open(tmp_path, create=True)
+    reader = Store.open(tmp_path)
+    names = [f"n{i:03}" for i in range(40)]
+    for name in names:
+        one = document(name, name=name)
+        store.put([one], [adapter(one)])
+        assert store.stats().parts <= 36
+    store.put([document("edited", name="n000")])
+    reader.refresh()
+    for each in (store, reader, Store.open(tmp_path)):
+        rows = each.list_documents("tenant").rows
+        assert [row.name for row in rows] == names and each.get_text(rows[0]) == "edited"
+        assert each.stats()[3:5] == (40, 40) and each.stats().parts < 25
+
+
+def test_a_merge_never_brings_an_old_version_back(tmp_path: Path) -> None:
+    store = Store.open(tmp_path, create=True)
+    for number in range(15):
+        store.put([document("old", name=f"n{number}")])
+    store.put([document("new", name=f"n{number}") for number in range(20)])
+    store.put([document("more", name="m0")])
+    store.put([document("more", name="m1")])
+    parts = Root.from_bytes(the_file(tmp_path, "roots/*").read_bytes(), "root").parts
+    assert [part.rows for part in parts] == [20, 16, 1], "the old rows now come after the new ones"
+    for each in (store, Store.open(tmp_path)):
+        assert {each.get_text(row) for row in each.list_documents("tenant", prefix="n").rows} == {"new"}
+
+
+def test_a_refresh_reads_new_parts_only(tmp_path: Path) -> None:
+    writer, _ = store_with_one(tmp_path)
+    reader = Store.open(tmp_path)
+    for part in tmp_path.glob("manifest/*"):
+        part.unlink()
+    writer.put([document("more", name="more")])
+    assert reader.refresh() and len(reader.list_documents("tenant").rows) == 2
+    with pytest.raises(MissingObject, match="manifest/"):
+        Store.open(tmp_path)
+
+
+def put_many(path: Path, writer: int, commits: int) -> None:
+    store = Store.open(path)
+    for number in range(commits):
+        one = document(f"text {writer} {number}", name=f"{writer}-{number}")
+        shared = document(f"shared {number}", name=f"shared-{number}")
+        store.put([one, shared], [adapter(one, number), adapter(shared, writer)])
+
+
+def test_two_writers_lose_nothing_and_readers_see_whole_versions(tmp_path: Path) -> None:
+    commits = 50
+    Store.open(tmp_path, create=True)
+    context = multiprocessing.get_context("spawn")
+    writers = [context.Process(target=put_many, args=(tmp_path, writer, commits)) for writer in range(2)]
+    for writer in writers:
+        writer.start()
+    reader, sequences = Store.open(tmp_path), []
+    while any(writer.is_alive() for writer in writers):
+        if reader.refresh():
+            sequences.append(reader.sequence)
+            for row in reader.list_documents("tenant", limit=1000).rows:
+                assert len(reader.find_adapters("tenant", row.content_hash)) == 1, "a document comes with its adapter"
+        writers[0].join(0.01)
+    for writer in writers:
+        writer.join()
+        assert writer.exitcode == 0
+    assert sequences == sorted(set(sequences)) and len(sequences) > 5
+    store = Store.open(tmp_path)
+    assert store.stats()[3:5] == (3 * commits, 3 * commits)
+    texts = {row.name: store.get_text(row) for row in store.list_documents("tenant", limit=1000).rows}
+    assert texts == {f"{writer}-{number}": f"text {writer} {number}" for writer in range(2) for number in range(commits)} | {
+        f"shared-{number}": f"shared {number}" for number in range(commits)
+    }
+    for number in range(commits):
+        for writer in range(2):
+            [row] = store.find_adapters("tenant", document(f"text {writer} {number}").content_hash)
+            assert torch.equal(store.get_vector(row), vector(number))
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_threads_read_whole_versions_while_one_writes(tmp_path: Path) -> None:
+    store = Store.open(tmp_path, create=True)
+    done, failures = threading.Event(), list[list[str]]()
+
+    def read() -> None:
+        reader = Store.open(tmp_path)
+        while not done.is_set():
+            for each in (store, reader):
+                each.refresh()
+                texts = [each.get_text(row) for row in each.list_documents("tenant").rows]
+                if len({text.split()[0] for text in texts}) > 1 or len(texts) not in (0, 3):
+                    failures.append(texts)
+
+    threads = [threading.Thread(target=read) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for version in range(20):
+        store.put([document(f"{version} {name}", name=name) for name in "abc"])
+    done.set()
+    for thread in threads:
+        thread.join()
+    assert failures == [] and store.sequence >= 21
+
+
+def test_ids_follow_from_every_part_of_the_derivation() -> None:
+    parts = ("tenant", "0" * 64, Window(0, 3), PRODUCER, SPEC, "fp32")
+    others = ("other", "1" * 64, Window(0, 4), Producer(method="lift", weights="w" * 64, config={}), SPEC.with_rank(3), "bf16")
+    ids = {adapter_id(*parts)} | {adapter_id(*parts[:i], other, *parts[i + 1 :]) for i, other in enumerate(others)}
+    assert len(ids) == 7
+    assert adapter_id(*parts) == adapter_id(*parts[:3], Producer.model_validate_json(PRODUCER.model_dump_json()), *parts[4:])
