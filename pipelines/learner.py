@@ -1,0 +1,412 @@
+"""The training loop of one rank: batches from Ray Data, one DeepSpeed engine (ZeRO 1), checkpoints without pickles.
+
+In: a recipe as JSON values, through Ray Train. Out: metrics to a queue, checkpoints to Ray Train. A step's loss is the sum over all
+supervised targets of the global batch divided by their number over all ranks; gradients are clipped by their global norm; a
+step whose gradient is not finite on any rank is skipped on all of them, and too many in a row end the run.
+
+A checkpoint holds the trained weights (what `save` of base or hypernetwork writes), `optimiser.safetensors` (fp32 weights and moments by
+parameter, gathered over ranks, so a run may go on with another number of workers) and `state.json` (steps, position in the data).
+"""
+
+import importlib
+import json
+import math
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray.train
+import torch
+import torch.distributed as dist
+from pydantic import Field
+from ray.util.queue import Queue
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+
+from core.base_model import BaseModel, load_base
+from core.config import RunSection, Section
+from core.examples import Batch, collate
+from core.hypernetwork import Hypernetwork, HypernetworkSettings
+from core.objectives import hypernetwork_loss, language_loss
+from pipelines.evaluate import validation_accuracy
+from pipelines.feed import Feed, Position, Task, to_examples
+
+Positive = Annotated[int, Field(ge=1)]
+SKIPPED_STEPS_AT_MOST = 20
+
+
+class Stage(Section):
+    """A stretch of steps over one mixture of tasks (weights need not sum to 1), with its own learning-rate schedule."""
+
+    name: str
+    tasks: dict[Task, Annotated[float, Field(gt=0)]]
+    steps: Positive
+    learning_rate: Annotated[float, Field(gt=0)]
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    decay: Literal["constant", "linear", "cosine"] = "linear"
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step of this stage, counted from 0: linear warm-up, then decay to zero at the last step."""
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        share = (step - self.warmup_steps) / max(self.steps - self.warmup_steps, 1)
+        factor = {"constant": 1.0, "linear": 1 - share, "cosine": (1 + math.cos(math.pi * share)) / 2}[self.decay]
+        return self.learning_rate * factor
+
+
+class Optimiser(Section):
+    """AdamW; `global_batch` counts examples of a step over all ranks (a packed group is one)."""
+
+    global_batch: Positive = 32
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    clip_norm: Annotated[float, Field(gt=0)] = 1.0
+
+
+class Validation(RunSection):
+    """Exact match on documents that training does not see, every so many steps."""
+
+    corpus: str | None = None
+    documents: Positive = 32
+    every_steps: Positive = 200
+
+
+class Run(RunSection):
+    """Where and how fast; `micro_batch` examples go through the model at a time (None: a rank's whole share of the step)."""
+
+    workers: Positive = 1
+    device: Literal["cpu", "cuda"] = "cpu"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    threads: Positive | None = None
+    micro_batch: Positive | None = None
+    gradient_checkpointing: bool = False
+    pad_to_multiple: Positive = 1
+    log_every_steps: Positive = 10
+    checkpoint_every_steps: Positive = 200
+    keep_checkpoints: Positive = 2
+    max_failures: Annotated[int, Field(ge=-1)] = 2
+    validation: Validation = Validation()
+
+
+class Architecture(Section):
+    """A Qwen3 decoder to be trained from nothing."""
+
+    hidden_size: Positive = 128
+    num_layers: Positive = 4
+    num_heads: Positive = 4
+    num_key_value_heads: Positive = 2
+    head_dim: Positive = 32
+    feed_forward: Positive = 384
+    max_length: Positive = 1024
+    rope_theta: Annotated[float, Field(gt=0)] = 10_000.0
+
+
+class BaseRecipe(Section):
+    """Trains a base from nothing. tokenizer: a directory or a name."""
+
+    tokenizer: str
+    architecture: Architecture = Architecture()
+    feed: Feed
+    optimiser: Optimiser = Optimiser(betas=(0.9, 0.98))
+    stages: tuple[Stage, ...]
+    seed: int = 0
+    run: Run = Run()
+
+
+class HypernetworkRecipe(Section):
+    """Trains a hypernetwork for a frozen base. start_from: a saved hypernetwork to go on from (its shape then is the recipe's)."""
+
+    base: str
+    hypernetwork: HypernetworkSettings = HypernetworkSettings()
+    start_from: str | None = None
+    feed: Feed
+    optimiser: Optimiser = Optimiser()
+    stages: tuple[Stage, ...]
+    seed: int = 0
+    run: Run = Run()
+
+
+Recipe = BaseRecipe | HypernetworkRecipe
+
+
+class BaseLearner(nn.Module):
+    """The whole base, trained on conversations."""
+
+    def __init__(self, recipe: BaseRecipe) -> None:
+        super().__init__()
+        tokenizer = AutoTokenizer.from_pretrained(recipe.tokenizer)
+        shape = recipe.architecture
+        config = Qwen3Config(
+            vocab_size=len(tokenizer),
+            hidden_size=shape.hidden_size,
+            intermediate_size=shape.feed_forward,
+            num_hidden_layers=shape.num_layers,
+            num_attention_heads=shape.num_heads,
+            num_key_value_heads=shape.num_key_value_heads,
+            head_dim=shape.head_dim,
+            max_position_embeddings=shape.max_length,
+            rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
+            tie_word_embeddings=True,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+        self.base = BaseModel(Qwen3ForCausalLM(config).to(recipe.run.device), tokenizer)
+        self.model = self.base.model
+        self.model.requires_grad_(True)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Summed loss."""
+        return language_loss(self.base, batch)
+
+    def groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        """Matrices decay, vectors (norms) do not."""
+        matrices = [p for p in self.parameters() if p.ndim > 1]
+        return [
+            {"params": matrices, "weight_decay": weight_decay},
+            {"params": [p for p in self.parameters() if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+
+    def save(self, directory: Path) -> None:
+        self.model.save_pretrained(directory)
+        assert self.base.tokenizer is not None
+        self.base.tokenizer.save_pretrained(directory)
+
+
+class HypernetworkLearner(nn.Module):
+    """A hypernetwork over a frozen base, which is no part of the module."""
+
+    def __init__(self, recipe: HypernetworkRecipe) -> None:
+        super().__init__()
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[recipe.run.precision]
+        base = load_base(recipe.base, dtype=dtype, device=recipe.run.device)
+        if recipe.start_from is None:
+            self.hypernetwork = Hypernetwork(base, recipe.hypernetwork)
+        else:
+            self.hypernetwork = Hypernetwork.load(recipe.start_from, base)
+            if self.hypernetwork.settings != recipe.hypernetwork:
+                raise ValueError(f"{recipe.start_from} has settings {self.hypernetwork.settings}: write the same under [hypernetwork]")
+        self._checkpointing = recipe.run.gradient_checkpointing
+
+    @property
+    def base(self) -> BaseModel:
+        return self.hypernetwork.base
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Summed loss."""
+        with self.base.checkpointing(self._checkpointing):
+            return hypernetwork_loss(self.hypernetwork, batch)
+
+    def groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        return self.hypernetwork.parameter_groups(weight_decay)
+
+    def save(self, directory: Path) -> None:
+        self.hypernetwork.save(directory)
+
+
+Learner = BaseLearner | HypernetworkLearner
+
+
+def read_recipe(kind: str, values: dict[str, Any]) -> Recipe:
+    """The recipe that `model_dump` turned into JSON values; kind: base or hypernetwork."""
+    return {"base": BaseRecipe, "hypernetwork": HypernetworkRecipe}[kind].model_validate(values)
+
+
+def train_loop(config: dict[str, Any]) -> None:
+    """What every rank runs: build or restore, then stage after stage.
+
+    config: kind (base | hypernetwork), recipe (JSON values), queue (where rank 0 puts metrics, or None). Data sets are called by the
+    number of their stage; the first starts where the checkpoint of this run ended.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    recipe = read_recipe(config["kind"], config["recipe"])
+    if recipe.run.device == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    if recipe.run.threads:
+        torch.set_num_threads(recipe.run.threads)
+    torch.manual_seed(recipe.seed)
+    learner = HypernetworkLearner(recipe) if isinstance(recipe, HypernetworkRecipe) else BaseLearner(recipe)
+    engine = _initialise(learner, recipe)
+    state = {"stage": 0, "step": 0, "global_step": 0, "window": 0, "offset": 0}
+    if checkpoint := ray.train.get_checkpoint():
+        with checkpoint.as_directory() as directory:
+            state = _restore(engine, learner, Path(directory))
+    for number in range(state["stage"], len(recipe.stages)):
+        _run_stage(engine, learner, recipe, number, state, config.get("queue"))
+        state.update(stage=number + 1, step=0, window=0, offset=0)
+    if not recipe.stages or state["global_step"] == sum(stage.steps for stage in recipe.stages):
+        _checkpoint(engine, learner, state, {})
+
+
+def _initialise(learner: Learner, recipe: Recipe) -> Any:
+    import deepspeed
+
+    if recipe.run.device == "cpu":
+        # On a CPU DeepSpeed would compile a shared-memory all-reduce for minutes; gloo does without. Its module is called torch,
+        # and "import deepspeed.comm.torch as x" would bind the other one.
+        setattr(importlib.import_module("deepspeed.comm.torch"), "build_shm_op", lambda: None)  # noqa: B010
+    groups = learner.groups(recipe.optimiser.weight_decay)
+    optimiser = torch.optim.AdamW(groups, lr=1e-9, betas=recipe.optimiser.betas, fused=True)
+    share = recipe.optimiser.global_batch // dist.get_world_size()
+    micro = recipe.run.micro_batch or share
+    if share * dist.get_world_size() != recipe.optimiser.global_batch or share % micro:
+        raise ValueError(
+            f"global_batch {recipe.optimiser.global_batch} must be a multiple of workers {dist.get_world_size()} times micro_batch {micro}"
+        )
+    engine, *_ = deepspeed.initialize(
+        model=learner,
+        optimizer=optimiser,
+        config={
+            "train_micro_batch_size_per_gpu": micro,
+            "gradient_accumulation_steps": share // micro,
+            "zero_optimization": {"stage": 1},
+            "zero_allow_untested_optimizer": True,
+            "gradient_clipping": recipe.optimiser.clip_norm,
+            "steps_per_print": 10**9,
+        },
+    )
+    # DeepSpeed links moments to parameters in its first step, group by group, and then misses those of later groups: make them now.
+    for flat in engine.optimizer.single_partition_of_fp32_groups:
+        step = torch.zeros((), device=flat.device)
+        engine.optimizer.optimizer.state[flat] = {"step": step, "exp_avg": torch.zeros_like(flat), "exp_avg_sq": torch.zeros_like(flat)}
+    engine.optimizer._lazy_init_hp_params_optimizer_state()
+    return engine
+
+
+def _run_stage(engine: Any, learner: Learner, recipe: Recipe, number: int, state: dict[str, int], queue: Queue | None) -> None:
+    stage, ranks = recipe.stages[number], dist.get_world_size()
+    share = recipe.optimiser.global_batch // ranks
+    tokenizer = learner.base.tokenizer
+    assert tokenizer is not None
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    autocast = torch.autocast(recipe.run.device, torch.bfloat16) if recipe.run.precision == "bf16" else nullcontext()
+    shard = ray.train.get_dataset_shard(str(number))
+    rows = _batches(shard, share, Position(state["window"], state["offset"]))
+    started, losses, targets, skipped = time.monotonic(), 0.0, 0, 0
+    while state["step"] < stage.steps:
+        table = next(rows, None)
+        _agree(table is not None, "the corpus ended before the stage did: the planned epochs were too few")
+        assert table is not None
+        # Alike lengths together: less padding, and within a step the order means nothing.
+        examples = sorted(to_examples(table), key=lambda example: len(example.ids))
+        micro = recipe.run.micro_batch or share
+        batches = [collate(examples[i : i + micro], pad_id, recipe.run.pad_to_multiple) for i in range(0, share, micro)]
+        tokens = torch.tensor(sum(batch.tokens for batch in batches))
+        dist.all_reduce(tokens_on := tokens.to(learner.base.device))
+        for group in engine.optimizer.param_groups:
+            group["lr"] = stage.rate(state["step"])
+        summed = torch.zeros((), device=learner.base.device)
+        for batch in batches:
+            with autocast:
+                loss = engine(batch.to(learner.base.device))
+            summed += loss.detach()
+            # DeepSpeed averages over ranks: times the ranks, over all ranks' targets, is the mean over targets.
+            engine.backward(loss * (ranks / tokens_on.item()), scale_wrt_gas=False)
+            engine.step()
+        dist.all_reduce(summed)
+        skipped = skipped + 1 if engine.optimizer.overflow else 0
+        if skipped > SKIPPED_STEPS_AT_MOST:
+            raise RuntimeError(f"{skipped} steps in a row had no finite gradient: lower the learning rate, or train in fp32")
+        losses, targets = losses + summed.item(), targets + int(tokens_on.item())
+        window, offset = _furthest(table.column("window").to_pylist()[-1], table.column("offset").to_pylist()[-1], learner.base.device)
+        state.update(step=state["step"] + 1, global_step=state["global_step"] + 1, window=window, offset=offset + 1)
+        done, run = state["global_step"], recipe.run
+        metrics: dict[str, Any] = {"stage": stage.name, "step": done, "learning_rate": stage.rate(state["step"] - 1)}
+        if done % run.log_every_steps == 0 or state["step"] == stage.steps:
+            seconds = time.monotonic() - started
+            metrics |= {"loss": losses / targets, "targets_per_s": targets / seconds, "gradient_norm": float(engine.get_global_grad_norm())}
+            metrics |= {"skipped_in_a_row": skipped}
+            started, losses, targets = time.monotonic(), 0.0, 0
+        if run.validation.corpus and (done % run.validation.every_steps == 0 or state["step"] == stage.steps):
+            if dist.get_rank() == 0:
+                hypernetwork = learner.hypernetwork if isinstance(learner, HypernetworkLearner) else None
+                metrics |= validation_accuracy(learner.base, hypernetwork, run.validation.corpus, run.validation.documents)
+            started = time.monotonic()
+        if len(metrics) > 3 and queue is not None and dist.get_rank() == 0:
+            queue.put(metrics)
+        if done % run.checkpoint_every_steps == 0 and state["step"] < stage.steps:
+            _checkpoint(engine, learner, state, metrics)
+
+
+def _batches(shard: Any, share: int, position: Position) -> Iterator[pa.Table]:
+    """Tables of exactly `share` rows, from `position` on: a stream may start earlier than the checkpoint that was restored."""
+    rest: pa.Table | None = None
+    for table in shard.iter_batches(batch_size=share, batch_format="pyarrow", prefetch_batches=2):
+        window, offset = table.column("window"), table.column("offset")
+        new = pc.or_(
+            pc.greater(window, position.window),
+            pc.and_(pc.equal(window, position.window), pc.greater_equal(offset, position.offset)),
+        )
+        table = table.filter(new)
+        rest = table if rest is None else pa.concat_tables([rest, table])
+        while rest.num_rows >= share:
+            yield rest.slice(0, share)
+            rest = rest.slice(share)
+
+
+def _agree(fine: bool, message: str) -> None:
+    """Raises on every rank when one rank is not fine, so that none waits for another."""
+    flag = torch.tensor(int(fine))
+    if torch.cuda.is_available() and dist.get_backend() == "nccl":
+        flag = flag.cuda()
+    dist.all_reduce(flag, op=dist.ReduceOp.MIN)
+    if not flag.item():
+        raise RuntimeError(message)
+
+
+def _furthest(window: int, offset: int, device: torch.device) -> Position:
+    """The last example that any rank used."""
+    number = torch.tensor(window * 2**32 + offset, dtype=torch.int64, device=device)
+    dist.all_reduce(number, op=dist.ReduceOp.MAX)
+    return Position(*divmod(int(number.item()), 2**32))
+
+
+def _checkpoint(engine: Any, learner: Learner, state: dict[str, int], metrics: dict[str, Any]) -> None:
+    """Every rank takes part in gathering; rank 0 writes and reports."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    gathered: dict[str, Tensor] = {}
+    for name, parameter in learner.named_parameters():
+        if parameter.requires_grad:
+            values = {"weight": safe_get_full_fp32_param(parameter)}
+            values |= {key: safe_get_full_optimizer_state(parameter, key) for key in ("exp_avg", "exp_avg_sq")}
+            if dist.get_rank() == 0:
+                gathered |= {f"{name}:{key}": value.detach().cpu().contiguous() for key, value in values.items()}
+    if dist.get_rank() != 0:
+        ray.train.report(metrics | state)
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        directory = Path(temporary)
+        learner.save(directory / "model")
+        save_file(gathered, directory / "optimiser.safetensors")
+        (directory / "state.json").write_text(json.dumps(state | {"updates": _updates(engine)}))
+        ray.train.report(metrics | state, checkpoint=ray.train.Checkpoint.from_directory(temporary))
+
+
+def _updates(engine: Any) -> int:
+    """Optimiser updates so far: Adam's own count, which skipped steps do not raise."""
+    states = engine.optimizer.optimizer.state.values()
+    return max((int(state["step"]) for state in states), default=0)
+
+
+def _restore(engine: Any, learner: Learner, directory: Path) -> dict[str, int]:
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+    state: dict[str, int] = json.loads((directory / "state.json").read_text())
+    stored = load_file(directory / "optimiser.safetensors")
+    for moments in engine.optimizer.optimizer.state.values():
+        moments["step"].fill_(state["updates"])
+    for name, parameter in learner.named_parameters():
+        if parameter.requires_grad:
+            parameter.data.copy_(stored[f"{name}:weight"])
+            safe_set_full_fp32_param(parameter, stored[f"{name}:weight"].to(parameter.device))
+            for key in ("exp_avg", "exp_avg_sq"):
+                safe_set_full_optimizer_state(parameter, stored[f"{name}:{key}"].to(parameter.device), key)
+    del state["updates"]
+    return state

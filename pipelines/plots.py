@@ -1,0 +1,70 @@
+"""Figures for reports: numbers in, one PNG and one SVG out. No window, no global state; about a second a figure."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import PercentFormatter
+
+from core.metrics import Interval
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart.
+COLOURS = ("#999999", "#0072B2", "#D55E00", "#E69F00", "#CC79A7", "#56B4E9", "#009E73")
+INK, GRID = "#222222", "#DDDDDD"
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Groups of bars side by side: `series[label][g]` is a bar of group g, `line[g]` the level to compare its bars with."""
+
+    title: str
+    groups: Sequence[str]
+    series: Mapping[str, Sequence[Interval]]
+    line: Sequence[float]
+
+
+def grouped_bars(panels: Sequence[Panel], title: str, value_label: str, line_label: str, path: Path) -> tuple[Path, Path]:
+    """Draws shares from 0 to 1 with their intervals, panels below one another; returns `path` with suffixes .png and .svg."""
+    figure = Figure(figsize=(9, 1.2 + 2.9 * len(panels)), layout=ConstrainedLayoutEngine(h_pad=0.1, hspace=0.05))
+    rows = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
+    for axes, panel in zip(rows, panels, strict=True):
+        _draw(axes, panel, value_label, line_label)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold", color=INK)
+    line, *bars = rows[0].get_legend_handles_labels()[0]
+    figure.legend(handles=[*bars, line], loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    paths = path.with_suffix(".png"), path.with_suffix(".svg")
+    figure.savefig(paths[0], dpi=150)
+    with matplotlib.rc_context({"svg.hashsalt": path.name}):
+        figure.savefig(paths[1], metadata={"Date": None})
+    return paths
+
+
+def _draw(axes: Axes, panel: Panel, value_label: str, line_label: str) -> None:
+    width = 0.84 / len(panel.series)
+    groups = range(len(panel.groups))
+    starts, ends = [group - 0.45 for group in groups], [group + 0.45 for group in groups]
+    axes.hlines(panel.line, starts, ends, colors=INK, linestyles=(0, (3, 2)), linewidth=1.1, label=line_label, zorder=4)
+    for number, (label, bars) in enumerate(panel.series.items()):
+        places = [group + (number - (len(panel.series) - 1) / 2) * width for group in groups]
+        means = [bar.mean for bar in bars]
+        errors = [[max(bar.mean - bar.low, 0) for bar in bars], [max(bar.high - bar.mean, 0) for bar in bars]]
+        axes.bar(places, means, width * 0.92, color=COLOURS[number % len(COLOURS)], label=label, zorder=2)
+        axes.errorbar(places, means, errors, fmt="none", ecolor=INK, elinewidth=1, capsize=2, zorder=3)
+        for place, bar, level in zip(places, bars, panel.line, strict=True):
+            top = max(bar.mean, bar.high, level) + 0.015
+            axes.text(place, top, f"{100 * bar.mean:.0f}", ha="center", va="bottom", fontsize=7.5, color=INK)
+    axes.set_title(panel.title, loc="left", fontsize=10, color=INK)
+    axes.set_xticks(groups, panel.groups)
+    axes.set_xlim(-0.55, len(panel.groups) - 0.45)
+    axes.set_ylabel(value_label)
+    axes.set_ylim(0, 1.09)
+    axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.yaxis.grid(True, color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(length=0, colors=INK, labelsize=9)
