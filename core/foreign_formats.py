@@ -7,8 +7,8 @@ is the only place in the project that opens a pickle at all.
 
 import json
 import math
-import pickle
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -147,7 +147,7 @@ def _safe_pickle(path: Path) -> Any:
         raise ValueError(f"{path} is missing: a SHINE directory holds mem_tokens.pt, metanetwork.pth and metalora.pth")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
+    except UnpicklingError:
         raise ValueError(f"{path} holds more than tensors: not opened (weights_only); give the released file") from None
 
 

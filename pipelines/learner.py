@@ -368,9 +368,10 @@ def _furthest(window: int, offset: int, device: torch.device) -> Position:
 
 
 def _checkpoint(engine: Any, learner: Learner, state: dict[str, int], metrics: dict[str, Any]) -> None:
-    """Every rank takes part in gathering; rank 0 writes and reports."""
+    """Every rank takes part in gathering; rank 0 writes and reports. Ranks whose weights differ end the run."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
+    _same_on_all_ranks(learner)
     gathered: dict[str, Tensor] = {}
     for name, parameter in learner.named_parameters():
         if parameter.requires_grad:
@@ -387,6 +388,17 @@ def _checkpoint(engine: Any, learner: Learner, state: dict[str, int], metrics: d
         save_file(gathered, directory / "optimiser.safetensors")
         (directory / "state.json").write_text(json.dumps(state | {"updates": _updates(engine)}))
         ray.train.report(metrics | state, checkpoint=ray.train.Checkpoint.from_directory(temporary))
+
+
+def _same_on_all_ranks(learner: Learner) -> None:
+    """Each rank must hold the weights that rank 0 saves, or gradients were not reduced somewhere (spec of SHINE, 4.2)."""
+    trained = [parameter.detach().double() for parameter in learner.parameters() if parameter.requires_grad]
+    sums = torch.stack([value for tensor in trained for value in (tensor.sum(), tensor.abs().sum())])
+    lowest, highest = sums.clone(), sums.clone()
+    dist.all_reduce(lowest, op=dist.ReduceOp.MIN)
+    dist.all_reduce(highest, op=dist.ReduceOp.MAX)
+    if not torch.equal(lowest, highest):
+        raise RuntimeError("the ranks hold different weights: a parameter was left out of gradient reduction")
 
 
 def _updates(engine: Any) -> int:

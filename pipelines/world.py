@@ -3,7 +3,8 @@
 In: (seed, split, level, index). Out: a `WorldDocument`, a function of these four alone, so any worker makes any document by
 itself. A document is a fact sheet or a small story about one entity and what it is linked to (level 1: 5 to 12 statements), or
 about two or three entities of one kind that share all their attributes with different values (level 2: 10 to 15 statements),
-so that a question's name must be bound to its fact. Questions use other words than the text.
+so that a question's name must be bound to its fact. Statements end with their value, after the name and the words that say
+what it is a value of. Questions use other words than the text.
 
 What the splits promise: train, validation and test share no name, hence no pair of entity and value; one half of the grid of
 question frames and phrases (its parts all seen, their combination not) is left for validation and test, and flagged. Values

@@ -18,8 +18,8 @@ from pipelines import world, world_lexicon
 from pipelines.world import LEVELS, NAME_TENTHS, WorldDocument, WorldSpec
 from pipelines.world_tokenizer import SPECIAL_TOKENS, build_tokenizer, texts
 
-FINGERPRINT = "b963d929c6a4bb4a163b32eef8ef4101a3e96dab826ad8262f688e7be525ff1c"
-TOKENIZER_DIGEST = "7cc79d38baf14f5c362d71e22ff66581c112ffa6814c7616dd08390cbb708d1c"
+FINGERPRINT = "66ca1880b2e639ce02e28bc663fa4eaae7a870a9b91ccdbb41165f64114be2bf"
+TOKENIZER_DIGEST = "a83a5817a8ff947b9c880188313e6fda375e164a3e25dde6f56bcf3f18c794c9"
 
 NAME = re.compile("(?:" + "|".join(world.initials()) + ")(?:" + "|".join(world.finals()) + ")")
 FUNCTION_WORDS = """
@@ -167,6 +167,17 @@ def test_lexicon_keeps_its_rules() -> None:
         for topic in kind.topics:
             for text in topic.statements + (topic.relations if isinstance(topic, world_lexicon.Link) else ()):
                 assert re.fullmatch(r"(?:(?:^|(?<= ))\{[nsv]\}|[^{}])+", text) and not text.startswith("{v}")
+
+
+def test_statements_name_their_owner_first_and_end_with_the_value() -> None:
+    """A causal reader then knows, where the value stands, what it is a value of."""
+    for name, topic in TOPICS.items():
+        link = isinstance(topic, world_lexicon.Link)
+        slots = [("{s}" if link else "{n}", "{v}", text) for text in topic.statements]
+        slots += [("{n}", "{s}", text) for text in (topic.relations if link else ())]
+        assert len(slots) == (8 if link else 4) == len({text for _, _, text in slots}), name
+        for owner, last, text in slots:
+            assert re.findall(r"{\w+}", text) == [owner, last] and text.endswith(f" {last}."), text
 
 
 def test_answers_are_flat_over_their_class(documents: dict[tuple[str, int], list[WorldDocument]]) -> None:

@@ -1,0 +1,249 @@
+"""Documents to checked adapters: what conversion and on-demand generation both call.
+
+In: `Document`s, and their token ids where the caller has them. Out: for each document its adapters, encoded, or the reason
+why there are none; one document's failure never touches another's. Knows nothing of files, stores or workers.
+
+`HypernetworkWriter` reads a document as the hypernetwork was trained to: raw text, no template. A document longer than a window
+is read in windows; their adapters become one (ranks concatenated, then cut to the spec's rank by SVD) or stay one each. Windows
+of like length share a forward pass. Cost: the hypernetwork's; a composition adds two QR decompositions a linear.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal, Protocol
+
+import torch
+from pydantic import Field, PositiveInt
+from torch import Tensor
+
+from core.adapter import AdapterSpec
+from core.codec import Encoding, encode
+from core.config import Section
+from core.documents import NORMALISER, Document, Window, windows
+from core.hypernetwork import Hypernetwork
+from core.lora import LoraWeights, compose, recompress
+from core.manifest import NewAdapter, Producer, adapter_id
+from core.prompts import Limits
+from core.prompts import encode as tokenise
+
+
+class WindowRule(Section):
+    """How documents longer than one window are read.
+
+    max_tokens: longest window; None takes as many as the base has positions for, but no more than `prompts.Limits` trains on.
+    overlap: tokens that neighbours share. long_documents: `compose` gives one adapter, `windows` one a window. A document of more
+    than `max_windows` is rejected.
+    """
+
+    max_tokens: PositiveInt | None = None
+    overlap: Annotated[int, Field(ge=0)] = 0
+    long_documents: Literal["compose", "windows"] = "compose"
+    max_windows: PositiveInt = 64
+
+
+@dataclass(frozen=True, eq=False)
+class Written:
+    """A document's adapters in the order of their windows.
+
+    error: what composing to the spec's rank lost, as `lora.recompress` measures it; 0 where nothing was composed.
+    """
+
+    adapters: tuple[NewAdapter, ...]
+    error: float = 0.0
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """Why a document has no adapter. What stands before the first colon is the same for all documents with that fault."""
+
+    reason: str
+
+
+Outcome = Written | Rejected
+
+
+class AdapterWriter(Protocol):
+    """A method that writes adapters of one spec in one encoding, as one producer."""
+
+    @property
+    def producer(self) -> Producer: ...
+
+    @property
+    def spec(self) -> AdapterSpec: ...
+
+    @property
+    def encoding(self) -> Encoding: ...
+
+    def adapter_ids(self, document: Document, length: int) -> list[str]:
+        """The ids of what `write` would make of a document of `length` tokens, without making it."""
+
+    def write(self, documents: Sequence[Document], ids: Sequence[Sequence[int]] | None = None) -> list[Outcome]:
+        """One outcome for each document, in order. ids: the documents' token ids, where the caller has them."""
+
+
+class HypernetworkWriter:
+    """Writes adapters with SHINE's hypernetwork, at most `max_rows` windows and `max_padded_tokens` (memory included) at a time.
+
+    The batch limits change speed and memory; they are no part of the producer. Raises `ValueError` for a base without tokenizer
+    and for windows that the base has no positions for.
+    """
+
+    def __init__(
+        self,
+        hypernetwork: Hypernetwork,
+        encoding: Encoding = "bf16",
+        rule: WindowRule | None = None,
+        max_rows: int = 16,
+        max_padded_tokens: int = 4096,
+    ) -> None:
+        rule = rule or WindowRule()
+        base = hypernetwork.base
+        if base.tokenizer is None:
+            raise ValueError("the base has no tokenizer: documents cannot be read without; save one into its directory")
+        self.tokenizer = base.tokenizer
+        self._memory_tokens = len(hypernetwork.memory_MH)
+        room = base.max_length - self._memory_tokens
+        max_tokens = min(room, Limits().context_tokens) if rule.max_tokens is None else rule.max_tokens
+        if not rule.overlap < max_tokens <= room:
+            raise ValueError(
+                f"windows of {max_tokens} tokens with an overlap of {rule.overlap} do not fit: the base has {base.max_length} "
+                f"positions, {self._memory_tokens} of them for memory, which leaves {room}; the overlap must be below the window"
+            )
+        self._hypernetwork = hypernetwork.eval()
+        self._rule = rule.model_copy(update={"max_tokens": max_tokens})
+        self._max_tokens = max_tokens
+        self._max_rows, self._max_padded_tokens = max_rows, max_padded_tokens
+        self.encoding: Encoding = encoding
+        self.spec = hypernetwork.spec
+        self.producer = Producer(
+            method="shine",
+            weights=hypernetwork.fingerprint(),
+            config={
+                "base": base.fingerprint,
+                "normaliser": NORMALISER,
+                "windows": self._rule.model_dump(mode="json", exclude={"max_windows"}),
+            },
+        )
+
+    def adapter_ids(self, document: Document, length: int) -> list[str]:
+        """The ids of what `write` would make of a document of `length` tokens, without making it."""
+        covers = windows(length, self._max_tokens, self._rule.overlap)
+        if self._composes(covers):
+            covers = [Window(0, length)]
+        identity = document.tenant, document.content_hash
+        return [adapter_id(*identity, window, self.producer, self.spec, self.encoding) for window in covers]
+
+    def write(self, documents: Sequence[Document], ids: Sequence[Sequence[int]] | None = None) -> list[Outcome]:
+        """One outcome for each document, in order. ids: the documents' token ids, where the caller has them."""
+        outcomes = dict(self.write_each(documents, ids))
+        return [outcomes[place] for place in range(len(documents))]
+
+    def write_each(
+        self, documents: Sequence[Document], ids: Sequence[Sequence[int]] | None = None
+    ) -> Iterator[tuple[int, Outcome]]:
+        """(place, outcome) of each document as it is done, longest windows first: no more is held than is in the making."""
+        if ids is None:
+            ids = [tokenise(self.tokenizer, document.text) for document in documents]
+        units: list[tuple[int, Window]] = []
+        missing: dict[int, int] = {}
+        for place, tokens in enumerate(ids):
+            covers = windows(len(tokens), self._max_tokens, self._rule.overlap)
+            if not covers:
+                yield place, Rejected("no tokens")
+            elif len(covers) > self._rule.max_windows:
+                limit = f"{len(covers)} windows of {self._max_tokens} tokens, {self._rule.max_windows} are allowed"
+                yield place, Rejected(f"too long: {limit}; split it, or raise max_windows")
+            else:
+                missing[place] = len(covers)
+                units += [(place, window) for window in covers]
+        parts: dict[int, dict[Window, Tensor]] = {place: {} for place in missing}
+        lengths = [window.end - window.start + self._memory_tokens for _, window in units]
+        for batch in plan_batches(lengths, self._max_rows, self._max_padded_tokens):
+            rows = [units[unit] for unit in batch]
+            flat_BN, norm_B = self._generate([ids[place][window.start : window.end] for place, window in rows])
+            for (place, window), flat_N, norm in zip(rows, flat_BN, norm_B, strict=True):
+                parts[place][window] = flat_N if missing[place] == 1 else flat_N.clone()
+                missing[place] -= 1
+                if _fault(norm):
+                    parts[place][window] = flat_N[:0]
+                if not missing[place]:
+                    yield place, self._finish(documents[place], len(ids[place]), parts.pop(place))
+
+    def _composes(self, covers: Sequence[Window]) -> bool:
+        return len(covers) > 1 and self._rule.long_documents == "compose"
+
+    @torch.inference_mode()
+    def _generate(self, ids: Sequence[Sequence[int]]) -> tuple[Tensor, list[float]]:
+        """flat_BN on the CPU, and the norms of the deltas."""
+        device, longest = self._hypernetwork.base.device, max(map(len, ids))
+        ids_BT = torch.zeros(len(ids), longest, dtype=torch.int64)
+        mask_BT = torch.zeros_like(ids_BT)
+        for row, tokens in enumerate(ids):
+            ids_BT[row, longest - len(tokens) :] = torch.as_tensor(tokens)
+            mask_BT[row, longest - len(tokens) :] = 1
+        weights = self._hypernetwork.generate(ids_BT.to(device), mask_BT.to(device))
+        return weights.flat_BN.cpu(), delta_norms(weights).tolist()
+
+    @torch.inference_mode()
+    def _finish(self, document: Document, length: int, parts: dict[Window, Tensor]) -> Outcome:
+        covers = sorted(parts)
+        if failed := [window for window in covers if not len(parts[window])]:
+            where = f"tokens {failed[0].start} to {failed[0].end}"
+            return Rejected(f"the hypernetwork gave no usable adapter: zero or not finite, {where}")
+        error = 0.0
+        if self._composes(covers):
+            whole = compose([LoraWeights(self.spec, parts[window][None]) for window in covers])
+            weights, error_B = recompress(whole, self.spec.rank)
+            if _fault(delta_norms(weights).item()):
+                return Rejected("the composed adapter is zero or not finite")
+            covers, error = [Window(0, length)], error_B.item()
+            parts = {covers[0]: weights.flat_BN[0]}
+        try:
+            return Written(tuple(self._new(document, window, encode(parts[window], self.encoding)) for window in covers), error)
+        except ValueError as fault:
+            return Rejected(f"the adapter cannot be encoded: {fault}")
+
+    def _new(self, document: Document, window: Window, vector: bytes) -> NewAdapter:
+        return NewAdapter(
+            tenant=document.tenant,
+            content_hash=document.content_hash,
+            window=window,
+            producer=self.producer,
+            spec=self.spec,
+            encoding=self.encoding,
+            vector=vector,
+            tokens=window.end - window.start,
+        )
+
+
+def plan_batches(lengths: Sequence[int], max_rows: int, max_padded_tokens: int) -> list[list[int]]:
+    """Every index once, grouped so that a batch padded to its longest has at most these rows and tokens; longest first.
+
+    A length that exceeds `max_padded_tokens` alone gets a batch of its own. Neighbours in length share a batch: little padding.
+    """
+    if max_rows < 1 or max_padded_tokens < 1:
+        raise ValueError(f"max_rows is {max_rows} and max_padded_tokens {max_padded_tokens}: give 1 or more")
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    batches = []
+    start = 0
+    while start < len(order):
+        rows = min(max_rows, max(1, max_padded_tokens // max(lengths[order[start]], 1)))
+        batches.append(order[start : start + rows])
+        start += rows
+    return batches
+
+
+def delta_norms(weights: LoraWeights) -> Tensor:
+    """`[B]` Frobenius norms of the whole deltas (all A B, and C), from R x R products; not finite where a number is not."""
+    square_B = weights.flat_BN.new_zeros(len(weights))
+    for (layer, site, tensor), value in weights.tensors.items():
+        if tensor == "A":
+            b_BRO = weights.tensors[layer, site, "B"]
+            square_B = square_B + ((value.mT @ value) * (b_BRO @ b_BRO.mT)).sum((1, 2))
+        elif tensor == "C":
+            square_B = square_B + value.square().sum(1)
+    return square_B.sqrt()
+
+
+def _fault(norm: float) -> bool:
+    return not 0 < norm < float("inf")
