@@ -46,7 +46,7 @@ def train(recipe: Recipe, run_directory: Path, observer: Observer | None = None)
         train_loop,
         train_loop_config={
             "kind": "base" if isinstance(recipe, BaseRecipe) else "hypernetwork",
-            "recipe": recipe.model_dump(mode="json"),
+            "recipe": _for_workers(recipe).model_dump(mode="json"),
             "queue": (queue := Queue(actor_options={"num_cpus": 0})),
         },
         scaling_config=ray.train.ScalingConfig(
@@ -61,7 +61,7 @@ def train(recipe: Recipe, run_directory: Path, observer: Observer | None = None)
             failure_config=ray.train.FailureConfig(max_failures=recipe.run.max_failures),
         ),
         torch_config=TorchConfig(backend="nccl" if recipe.run.device == "cuda" else "gloo"),
-        datasets=_datasets(recipe, run_directory / CHECKPOINTS),
+        datasets=_datasets(_for_workers(recipe), run_directory / CHECKPOINTS),
         dataset_config=ray.train.DataConfig(execution_options=_in_order(), enable_shard_locality=False),
     )
     recorder = _Recorder(queue, run_directory, observer)
@@ -89,6 +89,18 @@ def _claim(recipe: Recipe, run_directory: Path) -> None:
         if fingerprint(known) != fingerprint(recipe):
             raise ValueError(f"{run_directory} holds a run of another recipe: choose another directory, or delete this one")
     write_resolved(recipe, path)
+
+
+def _for_workers(recipe: Recipe) -> Recipe:
+    """The recipe with local paths made absolute: workers run in another directory."""
+
+    def absolute(name: str | None) -> str | None:
+        return str(Path(name).resolve()) if name is not None and Path(name).exists() else name
+
+    validation = recipe.run.validation
+    run = recipe.run.model_copy(update={"validation": validation.model_copy(update={"corpus": absolute(validation.corpus)})})
+    names = ("tokenizer",) if isinstance(recipe, BaseRecipe) else ("base", "start_from")
+    return recipe.model_copy(update={"run": run} | {name: absolute(getattr(recipe, name)) for name in names})
 
 
 def _in_order() -> "ray.data.ExecutionOptions":
