@@ -105,7 +105,7 @@ def clean_answer(text: str) -> str:
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """The ids that end an answer: the tokenizer's end token, and the special tokens that the chat template writes behind answers."""
+    """The ids that end an answer: the tokenizer's end token, and the special tokens that the template writes behind answers."""
     stop = {tokenizer.eos_token_id}
     if tokenizer.chat_template is not None:
         _, labels = render(tokenizer, [Turn("", "")])

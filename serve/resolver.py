@@ -1,0 +1,188 @@
+"""Model names to what answers for them, from the store's newest version.
+
+A name is `base`, `base:document` in the collection that the server calls its own, or `base:collection/document` in another one;
+`base` is the name under which the base is served, and collection and document are percent-encoded (all but letters, digits and
+`-._~`), so that a name may hold anything. In: such a name. Out: a `Resolution`: the base alone, an adapter, or the stored text
+to be shown in the context.
+
+An adapter answers only if it was made for the document's present content and for this base: its producer's `config["base"]` is
+the base's fingerprint. Of several producers the one that wrote last answers, unless one is named. A document whose adapter is
+missing (its text was edited), or that took several windows, answers in context.
+
+Knows nothing of tensors and HTTP. Cost: dictionary reads; `refresh_forever` asks the storage for a newer version every
+`refresh_s`, so an update is seen within that time and the time of the refresh itself.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+from urllib.parse import quote, unquote
+
+from pydantic import JsonValue
+
+from core.documents import nfc
+from core.index import continue_after
+from core.manifest import AdapterRow, DocumentRow, Producer, StoreError
+from core.store import Store
+from serve.schema import Source
+
+log = logging.getLogger(__name__)
+
+
+class UnknownModel(ValueError):
+    """No document, and no base, of that name."""
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """What answers for a model name, as of one version of the store. `reason` says why a document has no adapter."""
+
+    model: str
+    source: Source
+    document: DocumentRow | None = None
+    adapter: AdapterRow | None = None
+    reason: str | None = None
+
+    def to_json(self) -> dict[str, JsonValue]:
+        """For clients: where the answer comes from, by ids and hashes."""
+        values: dict[str, JsonValue] = {"source": self.source}
+        if self.document is not None:
+            values |= {
+                "collection": self.document.collection,
+                "document": self.document.name,
+                "content_hash": self.document.content_hash,
+            }
+        if self.adapter is not None:
+            values |= {"adapter": self.adapter.adapter_id, "blob": self.adapter.blob_hash}
+        if self.reason is not None:
+            values["reason"] = self.reason
+        return values
+
+
+class Listing(NamedTuple):
+    """A page of models in the order of the store, the base first."""
+
+    models: list[Resolution]
+    has_more: bool
+
+
+class Resolver:
+    """The models of one tenant. collection: the one whose documents need no collection in their model name.
+
+    base_fingerprint: of the base that is served. producer: fingerprint of the only producer whose adapters may answer; None for
+    any that was made for this base.
+    """
+
+    def __init__(
+        self, store: Store, tenant: str, collection: str, base: str, base_fingerprint: str, producer: str | None = None
+    ) -> None:
+        self._store = store
+        self._tenant = tenant
+        self._collection = collection
+        self._base = base
+        self._base_fingerprint = base_fingerprint
+        self._producer = producer
+        self._refreshed = time.monotonic()
+        if store.producers() and not self._fitting():
+            log.warning("no producer in %s made adapters for this base: its documents answer in context", store.url)
+
+    @property
+    def base(self) -> str:
+        return self._base
+
+    @property
+    def age_s(self) -> float:
+        """Seconds since the store was last asked for its newest version."""
+        return time.monotonic() - self._refreshed
+
+    def resolve(self, model: str) -> Resolution:
+        """What answers for `model`; `UnknownModel`, saying how to list them, where there is no such document."""
+        if model == self._base:
+            return Resolution(model, "base")
+        place = self._place(model)
+        document = None if place is None else self._store.find_document(self._tenant, *place)
+        if document is None:
+            raise UnknownModel(
+                f"there is no model {model[:200]!r}: GET /v1/models lists all (prefix=... those whose document begins so); a "
+                f"document is {self._base}:NAME or {self._base}:COLLECTION/NAME, both percent-encoded"
+            )
+        return self._of_document(document, self._fitting())
+
+    def list_models(self, after: str | None = None, limit: int = 100, prefix: str = "") -> Listing:
+        """The models behind `after` (a model's name), at most `limit` (1 to 1000), of documents whose names begin with `prefix`.
+
+        The base stands first, unless a prefix asks for documents. One pass over a page of rows in memory. Raises `ValueError`.
+        """
+        models = [Resolution(self._base, "base")] if after is None and not prefix else []
+        place = None if after in (None, self._base) else self._place(after or "")
+        if place is None and after not in (None, self._base):
+            raise ValueError(f"after is {(after or '')[:200]!r}: give the id of a model, as a listing shows it")
+        token = None if place is None else continue_after(*place)
+        page = self._store.list_documents(self._tenant, None, prefix, token, limit)
+        fitting = self._fitting()
+        models += [self._of_document(row, fitting) for row in page.rows]
+        return Listing(models[:limit], page.next_token is not None or len(models) > limit)
+
+    def text(self, document: DocumentRow) -> str:
+        """The stored text, checked; reads the storage. Errors as of `Store.get_text`."""
+        return self._store.get_text(document)
+
+    async def refresh_forever(self, refresh_s: float) -> None:
+        """Follows the store until cancelled. While it cannot be read, the last version stays and `age_s` grows."""
+        while True:
+            await asyncio.sleep(refresh_s)
+            try:
+                changed = await asyncio.to_thread(self._store.refresh)
+            except (StoreError, OSError) as error:
+                log.warning("the store could not be refreshed, version %d stays: %s", self._store.sequence, error)
+                continue
+            self._refreshed = time.monotonic()
+            if changed:
+                log.info("the store is at version %d", self._store.sequence)
+
+    def model_name(self, collection: str, name: str) -> str:
+        """The model name of a document."""
+        encoded = quote(name, safe="")
+        place = encoded if collection == self._collection else f"{quote(collection, safe='')}/{encoded}"
+        return f"{self._base}:{place}"
+
+    def _place(self, model: str) -> tuple[str, str] | None:
+        """(collection, document) that a model name speaks of; None where it is none."""
+        if not model.startswith(f"{self._base}:"):
+            return None
+        parts = model.removeprefix(f"{self._base}:").split("/")
+        try:
+            names = [nfc(unquote(part, errors="strict")) for part in parts]
+        except UnicodeDecodeError:
+            return None
+        match names:
+            case [name]:
+                return self._collection, name
+            case [collection, name]:
+                return collection, name
+        return None
+
+    def _of_document(self, document: DocumentRow, fitting: Iterable[str]) -> Resolution:
+        model = self.model_name(document.collection, document.name)
+        rows = [
+            row
+            for row in self._store.find_adapters(self._tenant, document.content_hash, self._producer)
+            if row.producer_fingerprint in fitting
+        ]
+        if not rows:
+            return Resolution(model, "in_context", document, reason="no adapter for this content and base yet")
+        newest = max(rows, key=lambda row: (row.created, row.adapter_id))
+        windows = {row.window for row in rows if row.producer_fingerprint == newest.producer_fingerprint}
+        if len(windows) > 1:
+            return Resolution(model, "in_context", document, reason=f"its adapters cover {len(windows)} windows")
+        return Resolution(model, "adapter", document, newest)
+
+    def _fitting(self) -> set[str]:
+        """Fingerprints of the producers whose adapters are for this base."""
+        return {fingerprint for fingerprint, producer in self._store.producers().items() if self._is_for_base(producer)}
+
+    def _is_for_base(self, producer: Producer) -> bool:
+        return producer.config.get("base") == self._base_fingerprint

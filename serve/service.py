@@ -1,0 +1,185 @@
+"""From a request to its answer: resolve the model, have the adapter in memory, build the prompt, run the engine, give out text.
+
+In: `ChatRequest`s and `CompletionRequest`s. Out: `Answer`s, whose pieces come as they are made, and `ApiError`s. Knows nothing of
+HTTP and Ray. Texts of requests and answers are never logged.
+"""
+
+import asyncio
+import logging
+import uuid
+from collections.abc import AsyncIterator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from core.base_model import BaseModel
+from core.engine import Engine, Request, Sampling, Token
+from core.lora import LoraWeights
+from core.manifest import StoreError
+from core.prompts import encode, in_context, prompt, stop_ids
+from core.store import Store
+from serve.engines import AsyncEngine, Draining, EngineFailed, Overloaded, Refused
+from serve.residency import AdapterUnusable, Residency
+from serve.resolver import Resolution, Resolver, UnknownModel
+from serve.schema import ApiError, ChatRequest, CompletionRequest, FinishReason
+from serve.settings import ServeSettings
+from serve.text import AnswerText
+
+log = logging.getLogger(__name__)
+
+RETRY_AFTER_S = 1
+
+
+class Piece(NamedTuple):
+    """Text of an answer, in order. The last piece says why it is the last, and how many tokens were made."""
+
+    text: str
+    finish_reason: FinishReason | None = None
+    tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer under way: where it comes from, and its pieces."""
+
+    answer_id: str
+    resolution: Resolution
+    prompt_tokens: int
+    pieces: AsyncIterator[Piece]
+
+    @property
+    def headers(self) -> dict[str, str]:
+        adapter = self.resolution.adapter
+        return {"X-Imprint-Source": self.resolution.source} | ({"X-Imprint-Adapter": adapter.adapter_id} if adapter else {})
+
+
+class Service:
+    """A base, a store and an engine that answer requests; `running` starts and stops what runs beside them.
+
+    Raises `ValueError` for a base without a tokenizer, and what the parts raise.
+    """
+
+    def __init__(self, base: BaseModel, store: Store, settings: ServeSettings) -> None:
+        if base.tokenizer is None:
+            raise ValueError("the base has no tokenizer: save one beside its weights")
+        run = settings.run
+        spec = base.spec(settings.max_rank)
+        self._tokenizer = base.tokenizer
+        self._stop_ids = stop_ids(base.tokenizer)
+        self._run = run
+        self.store = store
+        self.resolver = Resolver(
+            store, settings.tenant, settings.collection, settings.served_name, base.fingerprint, settings.producer
+        )
+        self.residency = Residency(store, spec, base.dtype, run.adapter_memory_bytes, run.parallel_loads)
+        self.engine = AsyncEngine(
+            Engine(base, spec, run.slots, run.max_length, run.prefill_tokens_per_step), max_queued=run.max_queued_requests
+        )
+        self._reading = ThreadPoolExecutor(1, thread_name_prefix="prompts")
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Inside, requests are answered and the store is followed; leaving it lets requests under way end."""
+        self.engine.start()
+        following = asyncio.create_task(self.resolver.refresh_forever(self._run.refresh_s))
+        try:
+            yield
+        finally:
+            following.cancel()
+            with suppress(asyncio.CancelledError):
+                await following
+            await self.engine.stop(self._run.drain_s)
+            self.residency.close()
+            self._reading.shutdown()
+
+    @asynccontextmanager
+    async def answer(self, body: ChatRequest | CompletionRequest) -> AsyncIterator[Answer]:
+        """Begins an answer and ends it on leaving. `ApiError` where there is none to be had; its pieces may raise it too."""
+        with as_api_errors(), self.engine.admitted():
+            resolution = self.resolver.resolve(body.model)
+            adapter = None if resolution.adapter is None else await self.residency.get(resolution.adapter)
+            document = resolution.document if resolution.source == "in_context" else None
+            shown = None if document is None else await asyncio.to_thread(self.resolver.text, document)
+            prompt_ids = await asyncio.get_running_loop().run_in_executor(self._reading, self._prompt_ids, body, shown)
+            request = self._request(body, prompt_ids, adapter)
+            text = AnswerText(self._tokenizer, body.stop, strip=isinstance(body, ChatRequest))
+            async with self.engine.submitted(request) as tokens:
+                yield Answer(request.request_id, resolution, len(prompt_ids), _pieces(tokens, text))
+
+    def _prompt_ids(self, body: ChatRequest | CompletionRequest, shown: str | None) -> Sequence[int]:
+        """All that the base sees. A document that is shown stands before the first message of the user, or before the prompt."""
+        if isinstance(body, ChatRequest):
+            messages = [message.plain() for message in body.messages]
+            if shown is not None:
+                first = next((message for message in messages if message["role"] == "user"), None)
+                if first is None:
+                    raise ApiError(400, "the document answers in context, beside a user's message: give one", param="messages")
+                first["content"] = in_context(shown, first["content"])
+            try:
+                return prompt(self._tokenizer, messages)
+            except ValueError as error:
+                raise ApiError(400, str(error), param="messages") from None
+        asked = body.one_prompt()
+        if isinstance(asked, list):
+            return asked if shown is None else [*encode(self._tokenizer, in_context(shown, "")), *asked]
+        return encode(self._tokenizer, asked if shown is None else in_context(shown, asked))
+
+    def _request(self, body: ChatRequest | CompletionRequest, prompt_ids: Sequence[int], adapter: LoraWeights | None) -> Request:
+        param, limit = ("messages" if isinstance(body, ChatRequest) else "prompt"), self.engine.max_length
+        room = limit - len(prompt_ids)
+        max_tokens = body.wanted_tokens or min(self._run.default_max_tokens, max(room, 1))
+        if max_tokens > room:
+            raise ApiError(
+                400,
+                f"the prompt has {len(prompt_ids)} tokens and {max_tokens} new ones are asked for: at most {limit} fit together",
+                param=param,
+                code="context_length_exceeded",
+            )
+        return Request(
+            uuid.uuid4().hex,
+            prompt_ids,
+            max_tokens,
+            adapter,
+            frozenset() if body.ignore_eos else self._stop_ids,
+            Sampling(body.temperature, body.top_p, body.seed),
+        )
+
+
+async def _pieces(tokens: AsyncIterator[Token], text: AnswerText) -> AsyncIterator[Piece]:
+    made = 0
+    with as_api_errors():
+        async for token in tokens:
+            if token.finish_reason == "error":
+                raise ApiError(500, "the numbers overflowed: this adapter cannot answer here", code="not_finite")
+            made += 1
+            new = "" if token.finish_reason == "stop" else text.push(token.token_id)
+            if text.stopped:
+                yield Piece(new, "stop", made)
+                return
+            if token.finish_reason is not None:
+                new += text.finish()
+                yield Piece(new, "stop" if text.stopped else token.finish_reason, made)
+                return
+            if new:
+                yield Piece(new)
+
+
+@contextmanager
+def as_api_errors() -> Iterator[None]:
+    """What the parts raise, as what a client is told."""
+    try:
+        yield
+    except UnknownModel as error:
+        raise ApiError(404, str(error), param="model", code="model_not_found") from None
+    except Refused as error:
+        raise ApiError(400, str(error)) from None
+    except Overloaded as error:
+        raise ApiError(429, str(error), code="queue_full", retry_after_s=RETRY_AFTER_S) from None
+    except (Draining, EngineFailed) as error:
+        raise ApiError(503, str(error), code="not_ready", retry_after_s=RETRY_AFTER_S) from None
+    except AdapterUnusable as error:
+        raise ApiError(500, str(error), code="adapter_unusable") from None
+    except (StoreError, OSError) as error:
+        log.warning("the store failed: %s", error)
+        raise ApiError(503, f"the store failed: {error}", code="store_failed", retry_after_s=RETRY_AFTER_S) from None
