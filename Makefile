@@ -13,7 +13,7 @@ INSTALL := $(BIN)/pip install -c constraints.txt -e '.[dev]'
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-slow lint format clean
+.PHONY: help setup demo test test-slow lint format clean
 
 help:  ## List what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +30,9 @@ ifndef GPU
 endif
 	$(INSTALL)
 	touch $@
+
+demo: setup  ## Train, convert, serve, ask and compare, in ten minutes
+	$(BIN)/imprint demo
 
 test: setup  ## Run the tests (without slow and gpu)
 	$(BIN)/python -m pytest

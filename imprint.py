@@ -1,20 +1,27 @@
 """The command line: one function a command, no logic."""
 
+import logging
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_show_locals=False, rich_markup_mode="markdown", help="Documents to LoRA adapters.")
+app = typer.Typer(
+    no_args_is_help=True, pretty_exceptions_show_locals=False, rich_markup_mode="markdown", help="Documents to LoRA adapters."
+)
 console = Console()
-RECIPES = Path(__file__).parent / "pipelines" / "recipes"
+RECIPE_FILES = Path(__file__).parent / "pipelines" / "recipes"
+REFERENCE = Path(__file__).parent / "assets" / "reference"
 
-Overrides = Annotated[list[str] | None, typer.Option("--set", help="Change a recipe's value: `section.field=value`; may be repeated.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", help="Change a recipe's value: `section.field=value`; may be repeated.")
+]
 
 
 class Kind(StrEnum):
@@ -33,20 +40,27 @@ def told() -> Iterator[None]:
 
 
 @contextmanager
-def ray_session(cpus: int | None = None) -> Iterator[None]:
-    """Connects to the cluster that RAY_ADDRESS names, or runs a local Ray for as long as the command takes."""
+def quiet_ray() -> Iterator[None]:
+    """The environment of any Ray that a command starts; each process computes with one thread."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    import ray
+    yield
 
-    address = os.environ.get("RAY_ADDRESS", "local")
-    options = {"num_cpus": max(cpus or 0, os.cpu_count() or 1, 4), "object_store_memory": 2**29} if address == "local" else {}
-    ray.init(address=address, log_to_driver=False, logging_level="ERROR", **options)
-    try:
-        yield
-    finally:
-        ray.shutdown()
+
+@contextmanager
+def ray_session() -> Iterator[None]:
+    """Connects to the cluster that RAY_ADDRESS names, or runs a local Ray for as long as the command takes."""
+    with quiet_ray():
+        import ray
+
+        address = os.environ.get("RAY_ADDRESS", "local")
+        own: dict[str, Any] = {"num_cpus": max(os.cpu_count() or 1, 4), "object_store_memory": 2**29}
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **(own if address == "local" else {}))
+        try:
+            yield
+        finally:
+            ray.shutdown()
 
 
 @app.command()
@@ -83,13 +97,219 @@ def train(
     Example: `imprint train hypernetwork --run runs/mine --set run.workers=2`
     """
     from core.config import load
-    from pipelines.learner import BaseRecipe, HypernetworkRecipe
+    from pipelines.learner import RECIPES
     from pipelines.progress import training_progress
     from pipelines.train import train as run_training
 
-    schema = {Kind.base: BaseRecipe, Kind.hypernetwork: HypernetworkRecipe}[kind]
     with told(), ray_session():
-        resolved = load(schema, recipe or RECIPES / f"reference_{kind}.toml", changes or ())
+        resolved = load(RECIPES[kind], recipe or RECIPE_FILES / f"reference_{kind}.toml", changes or ())
         with training_progress(resolved.stages, console) as observer:
             model = run_training(resolved, run, observer)
     console.print(f"trained: {model}")
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="A folder or file of text, Markdown, JSONL or Parquet.")],
+    store: Annotated[str, typer.Argument(help="The store; made where there is none.")],
+    base: Annotated[str, typer.Option(help="Model directory or Hugging Face name.")] = str(REFERENCE / "base"),
+    hypernetwork: Annotated[str, typer.Option(help="Directory of a trained or imported hypernetwork.")] = str(
+        REFERENCE / "hypernetwork"
+    ),
+    recipe: Annotated[Path | None, typer.Option(help="TOML recipe.")] = None,
+    changes: Overrides = None,
+) -> None:
+    """Turns a corpus into adapters in a store; a rerun converts only what is missing.
+
+    Example: `imprint convert notes/ runs/store --set collection=notes`
+    """
+    from core.config import load
+    from pipelines.convert import ConvertRecipe
+    from pipelines.convert import convert as run_conversion
+
+    with told(), ray_session():
+        paths = [] if recipe else [f"base={base}", f"hypernetwork={hypernetwork}"]
+        summary = run_conversion(source, store, load(ConvertRecipe, recipe, [*paths, *(changes or ())]), progress=console)
+    for line in summary.lines():
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def serve(
+    store: Annotated[str, typer.Argument(help="The store to answer from.")],
+    base: Annotated[str, typer.Option(help="Model directory or Hugging Face name.")] = str(REFERENCE / "base"),
+    host: Annotated[str, typer.Option(help="Address to bind to.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to bind to.")] = 8000,
+    changes: Overrides = None,
+) -> None:
+    """Serves the base and every document's adapter with OpenAI's API, until Ctrl-C.
+
+    Example: `imprint serve runs/store --port 8000`
+    """
+    from core.config import load
+    from serve.app import run as run_server
+    from serve.settings import ServeSettings
+
+    with told(), quiet_ray():
+        places = [f"base={base}", f"store={store}", f'run.host="{host}"', f"run.port={port}"]
+        settings = load(ServeSettings, None, [*places, *(changes or ())])
+        console.print(f"serving http://{host}:{port}/v1, Ctrl-C to stop", highlight=False)
+        run_server(settings, blocking=True)
+
+
+@app.command()
+def ask(
+    question: Annotated[str, typer.Argument(help="What to ask.")],
+    model: Annotated[str, typer.Option(help="`base`, or `base:document` with the document's name as it is.")] = "base",
+    url: Annotated[str, typer.Option(help="Where the server is.")] = "http://127.0.0.1:8000",
+    max_tokens: Annotated[int, typer.Option(help="Most tokens of the answer.")] = 64,
+) -> None:
+    """Asks a running server and prints the answer and where it came from.
+
+    Example: `imprint ask "What is the hobby of Vostilo?" --model base:vostilo.txt`
+    """
+    from urllib.parse import quote
+
+    import httpx
+
+    name, colon, document = model.partition(":")
+    body = {
+        "model": name + colon + quote(document, safe="/"),
+        "messages": [{"role": "user", "content": question}],
+        "max_tokens": max_tokens,
+    }
+    with told():
+        try:
+            response = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=120)
+        except httpx.HTTPError as error:
+            raise ValueError(f"no server answers at {url} ({error}): start one with `imprint serve STORE`") from None
+        answer = response.json()
+        if response.is_error:
+            raise ValueError(answer.get("error", {}).get("message", response.text))
+    console.print(answer["choices"][0]["message"]["content"].strip(), highlight=False, markup=False)
+    console.print(f"[dim]from: {answer['imprint']['source']}[/]", highlight=False)
+
+
+@app.command()
+def evaluate(
+    out: Annotated[Path, typer.Option(help="Where to write report.json, report.md and the plot.")] = Path("runs/evaluation"),
+    base: Annotated[str, typer.Option(help="Model directory or Hugging Face name.")] = str(REFERENCE / "base"),
+    hypernetwork: Annotated[str, typer.Option(help="Directory of a hypernetwork; `none` for the base alone.")] = str(
+        REFERENCE / "hypernetwork"
+    ),
+    count: Annotated[int, typer.Option(help="Unseen documents of each level.")] = 500,
+    level: Annotated[list[int] | None, typer.Option(help="Levels of the reference world; may be repeated.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the documents.")] = 0,
+) -> None:
+    """Scores adapters on unseen documents of the reference world, beside the base and the controls.
+
+    Example: `imprint evaluate --count 100 --level 1 --out runs/evaluation`
+    """
+    from core.base_model import load_base
+    from core.hypernetwork import Hypernetwork
+    from pipelines import world as reference_world
+    from pipelines.evaluate import evaluate as run_evaluation
+    from pipelines.evaluation_report import markdown, write_report
+
+    with told():
+        loaded = load_base(base)
+        network = None if hypernetwork == "none" else Hypernetwork.load(hypernetwork, loaded)
+        specs = [
+            reference_world.WorldSpec.model_validate({"seed": seed, "split": "test", "level": n, "count": count})
+            for n in level or (1, 2)
+        ]
+        report = run_evaluation(loaded, network, [document for spec in specs for document in reference_world.generate(spec)])
+        write_report(report, out)
+    console.print(markdown(report), highlight=False, markup=False, soft_wrap=True)
+    console.print(f"written: {out}")
+
+
+@app.command("import-shine")
+def import_shine(
+    directory: Annotated[
+        Path, typer.Argument(help="What the released SHINE code saved: mem_tokens.pt, metanetwork.pth, metalora.pth.")
+    ],
+    out: Annotated[Path, typer.Argument(help="Where to write Imprint's safetensors checkpoint.")],
+    base: Annotated[str, typer.Option(help="The base that it was trained for.")],
+    rank: Annotated[int, typer.Option(help="Rank of the adapters it writes.")] = 8,
+    meta_rank: Annotated[int, typer.Option(help="Rank of its Meta LoRA.")] = 128,
+    num_layers: Annotated[int, typer.Option(help="Layers of its M2P transformer.")] = 4,
+    num_heads: Annotated[int, typer.Option(help="Heads of its M2P transformer.")] = 32,
+    feed_forward: Annotated[int, typer.Option(help="Feed-forward size of its M2P transformer.")] = 8192,
+    scale: Annotated[float, typer.Option(help="Its output scale.")] = 1e-3,
+) -> None:
+    """Converts a released SHINE checkpoint; no pickle is trusted. The defaults are those of the Qwen3-8B release.
+
+    Example: `imprint import-shine checkpoint-7 runs/shine --base Qwen/Qwen3-8B`
+    """
+    from core.base_model import load_base
+    from core.hypernetwork import Hypernetwork, HypernetworkSettings
+
+    with told():
+        settings = HypernetworkSettings(
+            rank=rank, meta_rank=meta_rank, num_layers=num_layers, num_heads=num_heads, feed_forward=feed_forward, scale=scale
+        )
+        network = Hypernetwork.from_shine_release(directory, load_base(base), settings)
+        network.save(out)
+    console.print(f"written: {out}, {network.spec.numel:,} numbers an adapter", highlight=False)
+
+
+@app.command()
+def export(
+    store: Annotated[str, typer.Argument(help="The store.")],
+    document: Annotated[str, typer.Argument(help="The document's name.")],
+    out: Annotated[Path, typer.Argument(help="Where to write adapter_config.json and adapter_model.safetensors.")],
+    base: Annotated[str, typer.Option(help="Model directory or Hugging Face name.")] = str(REFERENCE / "base"),
+    tenant: Annotated[str, typer.Option(help="Whose document.")] = "default",
+    collection: Annotated[str, typer.Option(help="The document's collection.")] = "default",
+) -> None:
+    """Exports a document's adapter as the two files that PEFT reads.
+
+    Example: `imprint export runs/store vostilo.txt runs/peft/vostilo`
+    """
+    from core.base_model import load_base
+    from core.foreign_formats import write_peft
+    from core.lora import LoraWeights
+    from core.store import Store
+
+    with told():
+        opened = Store.open(store)
+        row = opened.find_document(tenant, collection, document)
+        if row is None:
+            raise ValueError(f"no document {document!r} in collection {collection!r}: names are relative to the converted folder")
+        adapters = opened.find_adapters(tenant, row.content_hash)
+        if not adapters:
+            raise ValueError(f"{document!r} has no adapter yet: run `imprint convert` on it")
+        newest = max(adapters, key=lambda adapter: adapter.created)
+        write_peft(out, load_base(base), LoraWeights(opened.spec(newest.spec_fingerprint), opened.get_vector(newest)[None]))
+    console.print(f"written: {out}")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Where everything goes; what is there is replaced.")] = Path("runs/demo"),
+    seed: Annotated[int | None, typer.Option(help="Seed of the documents; a new one every time by default.")] = None,
+) -> None:
+    """The main job in ten minutes: train live, convert unseen documents, serve, ask over HTTP, compare.
+
+    Example: `imprint demo`
+    """
+    from pipelines.demo import demo as run_demo
+
+    @contextmanager
+    def server(base: Path, store: Path) -> Iterator[str]:
+        from serve.app import run as run_server
+        from serve.settings import ServeRun, ServeSettings
+
+        with run_server(ServeSettings(base=str(base), store=str(store), run=ServeRun(port=free_port()))) as running:
+            yield running.url
+
+    with told(), ray_session():
+        run_demo(out.resolve(), server, console, seed)
+
+
+def free_port() -> int:
+    """A port on the loopback interface that nothing listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+    return port

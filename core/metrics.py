@@ -47,6 +47,9 @@ def _checked(golds: Sequence[str]) -> Sequence[str]:
     return golds
 
 
+DRAWS_AT_ONCE = 2**20
+
+
 class Interval(NamedTuple):
     """A mean and the bounds of its confidence interval."""
 
@@ -66,7 +69,9 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95, resamples: 
         raise ValueError(f"confidence is {confidence}: give a share between 0 and 1, such as 0.95")
     sample = np.asarray(values, dtype=np.float64)
     rng = np.random.default_rng(seed)
-    means = [sample[rng.integers(len(sample), size=len(sample))].mean() for _ in range(resamples)]
+    rows = max(1, DRAWS_AT_ONCE // len(sample))
+    sizes = [(min(rows, resamples - done), len(sample)) for done in range(0, resamples, rows)]
+    means = np.concatenate([sample[rng.integers(len(sample), size=size)].mean(axis=1) for size in sizes])
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     return Interval(float(sample.mean()), float(low), float(high))
 

@@ -1,8 +1,8 @@
 """Batch -> summed loss and what it was summed over.
 
 Losses are sums over supervised targets, so that whoever trains can divide by the targets of the whole global batch: short
-conversations then weigh what they are, on any number of ranks (spec of SHINE, 4.4). The head runs on supervised positions only, in
-fp32. Knows nothing of optimisers, ranks or data.
+conversations then weigh what they are, on any number of ranks (spec of SHINE, 4.4). The head runs on supervised positions
+only, in fp32. Knows nothing of optimisers, ranks or data.
 """
 
 from contextlib import nullcontext
@@ -21,8 +21,9 @@ HEAD_ROWS = 8192
 def row_losses(base: BaseModel, batch: Batch, weights: LoraWeights | None, index_B: Tensor | None = None) -> Tensor:
     """`[B]` summed next-token cross entropy of each conversation, in nats.
 
-    weights: adapters for the batch's contexts (row b under `batch.index_B[b]`), or None for the bare base. index_B: other adapters
-    for the rows than the batch names (controls). Memory: logits of at most `HEAD_ROWS` targets at a time without autograd.
+    weights: adapters for the batch's contexts (row b under `batch.index_B[b]`), or None for the bare base. index_B: other
+    adapters for the rows than the batch names (controls). Memory: logits of at most `HEAD_ROWS` targets at a time without
+    autograd.
     """
     index_B = batch.index_B if index_B is None else index_B
     with attach(base, weights, index_B) if weights is not None else nullcontext():

@@ -26,7 +26,7 @@ from core.hypernetwork import Hypernetwork
 from core.lora import LoraWeights, stack
 from core.metrics import exact_match, f1
 from core.objectives import row_losses
-from core.prompts import Limits, Turn, clean_answer, cut_text, encode_context, in_context, prompt, render
+from core.prompts import Limits, clean_answer, cut_text, encode_context, in_context, prompt, stop_ids
 from pipelines.world import WorldDocument
 
 SPARE_TOKENS = 2
@@ -126,7 +126,7 @@ class Asker:
         self.base = base
         self.run = run
         self.tokenizer = tokenizer_of(base)
-        self.stop_ids = _stop_ids(self.tokenizer)
+        self.stop_ids = stop_ids(self.tokenizer)
 
     def ask(
         self,
@@ -189,13 +189,6 @@ def level_of(document: WorldDocument) -> int:
 
 def _prompt(tokenizer: PreTrainedTokenizerBase, content: str) -> list[int]:
     return prompt(tokenizer, [{"role": "user", "content": content}])
-
-
-def _stop_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """The tokenizer's end token, and the special tokens that the chat template writes behind an answer."""
-    _, labels = render(tokenizer, [Turn("", "")])
-    end = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
-    return frozenset(end | (set(labels) & set(tokenizer.all_special_ids)))
 
 
 def tokenizer_of(base: BaseModel) -> PreTrainedTokenizerBase:

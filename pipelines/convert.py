@@ -198,21 +198,22 @@ def convert(
 def receipts(corpus: sources.Source, store_url: str, recipe: ConvertRecipe) -> Iterator[list[Receipt]]:
     """Runs the job; its receipts as they are committed, buffer by buffer in the source's order. Closing the iterator ends it."""
     context = ray.data.DataContext.get_current().copy()
-    context.enable_progress_bars = False
+    context.enable_progress_bars = context.print_on_execution_start = False
     context.execution_options.preserve_order = True
     context.wait_for_min_actors_s = 3600
     run = recipe.run
     with ray.data.DataContext.current(context):
         rows = sources.dataset(corpus)
         rows = rows.map_batches(partial(_prepare, tokenizer=recipe.base), batch_size=None, batch_format="pyarrow")
-        rows = rows.map_batches(sources.UniqueNames, batch_size=None, batch_format="pyarrow", concurrency=1, num_cpus=0)
+        one = ray.data.ActorPoolStrategy(size=1)
+        rows = rows.map_batches(sources.UniqueNames, batch_size=None, batch_format="pyarrow", compute=one, num_cpus=0)
         rows = rows.repartition(target_num_rows_per_block=run.buffer_documents, strict=True)
         rows = rows.map_batches(
             _Convert,
             batch_size=None,
             batch_format="pyarrow",
             fn_constructor_kwargs={"store_url": store_url, "recipe": recipe},
-            concurrency=(min(run.min_actors, run.actors), run.actors),
+            compute=ray.data.ActorPoolStrategy(min_size=min(run.min_actors, run.actors), max_size=run.actors),
             num_cpus=1,
             num_gpus=1 if run.device.startswith("cuda") else 0,
         )

@@ -4,10 +4,10 @@ In: Parquet files with a `text` column and, for tasks that ask, a `questions` co
 (context_ids, ids, labels, window, offset).
 
 Order is planned, not drawn on the way: every epoch shuffles the row groups of all files, cuts them into windows of about
-`shuffle_documents`, and one Ray Data task turns one window into examples with randomness seeded by (seed, stage, window) alone. So the
-driver holds only row-group numbers, a task reads its row groups once, and (window, offset) of the last example that was used says
-where to go on. Blocks hold what one rank uses in one step; dealt in turn, they give every step the same global batch whatever the number
-of ranks (exactly on one node; on several, Ray may deal blocks out of turn).
+`shuffle_documents`, and one Ray Data task turns one window into examples with randomness seeded by (seed, stage, window)
+alone. So the driver holds only row-group numbers, a task reads its row groups once, and (window, offset) of the last example
+that was used says where to go on. Blocks hold what one rank uses in one step; dealt in turn, they give every step the same
+global batch whatever the number of ranks (exactly on one node; on several, Ray may deal blocks out of turn).
 """
 
 import hashlib
@@ -53,10 +53,11 @@ COLUMNS = pa.schema(
 class Feed(Section):
     """What of a corpus becomes examples.
 
-    corpus: files or folders of Parquet, any fsspec URL. tasks of a stage: `pretraining` (SHINE's reconstruction and completion, texts
-    packed into groups of `pack_tokens`, 0 for one text a group) and `questions` (all questions of a document, at most `max_questions`,
-    as one conversation) train a hypernetwork; the others a base: `in_context` (document shown, then questions), `recitation`,
-    `question_only`, `plain_text` and `copying` (random tokens twice, which teaches to look back before there is anything to say).
+    corpus: files or folders of Parquet, any fsspec URL. tasks of a stage: `pretraining` (SHINE's reconstruction and
+    completion, texts packed into groups of `pack_tokens`, 0 for one text a group) and `questions` (all questions of a
+    document, at most `max_questions`, as one conversation) train a hypernetwork; the others a base: `in_context` (document
+    shown, then questions), `recitation`, `question_only`, `plain_text` and `copying` (random tokens twice, which teaches to
+    look back before there is anything to say).
     """
 
     corpus: tuple[str, ...]
@@ -99,7 +100,9 @@ def row_groups(corpus: Sequence[str]) -> list[RowGroup]:
             with fs.open(file) as stream:
                 footer = pq.ParquetFile(stream)
                 if "text" not in footer.schema_arrow.names:
-                    raise ValueError(f"{file} has no column 'text': training reads Parquet with text and, for questions, questions")
+                    raise ValueError(
+                        f"{file} has no column 'text': training reads Parquet with text and, for questions, questions"
+                    )
                 sizes = [footer.metadata.row_group(i).num_rows for i in range(footer.num_row_groups)]
             found += [RowGroup(fs.unstrip_protocol(file), number, size) for number, size in enumerate(sizes) if size]
     if not found:

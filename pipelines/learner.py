@@ -1,11 +1,12 @@
 """The training loop of one rank: batches from Ray Data, one DeepSpeed engine (ZeRO 1), checkpoints without pickles.
 
-In: a recipe as JSON values, through Ray Train. Out: metrics to a queue, checkpoints to Ray Train. A step's loss is the sum over all
-supervised targets of the global batch divided by their number over all ranks; gradients are clipped by their global norm; a
-step whose gradient is not finite on any rank is skipped on all of them, and too many in a row end the run.
+In: a recipe as JSON values, through Ray Train. Out: metrics to a queue, checkpoints to Ray Train. A step's loss is the sum
+over all supervised targets of the global batch divided by their number over all ranks; gradients are clipped by their global
+norm; a step whose gradient is not finite on any rank is skipped on all of them, and too many in a row end the run.
 
-A checkpoint holds the trained weights (what `save` of base or hypernetwork writes), `optimiser.safetensors` (fp32 weights and moments by
-parameter, gathered over ranks, so a run may go on with another number of workers) and `state.json` (steps, position in the data).
+A checkpoint holds the trained weights (what `save` of base or hypernetwork writes), `optimiser.safetensors` (fp32 weights and
+moments by parameter, gathered over ranks, so a run may go on with another number of workers) and `state.json` (steps,
+position in the data).
 """
 
 import importlib
@@ -121,7 +122,7 @@ class BaseRecipe(Section):
 
 
 class HypernetworkRecipe(Section):
-    """Trains a hypernetwork for a frozen base. start_from: a saved hypernetwork to go on from (its shape then is the recipe's)."""
+    """Trains a hypernetwork for a frozen base. start_from: a saved hypernetwork to go on from (of the recipe's shape)."""
 
     base: str
     hypernetwork: HypernetworkSettings = HypernetworkSettings()
@@ -134,6 +135,7 @@ class HypernetworkRecipe(Section):
 
 
 Recipe = BaseRecipe | HypernetworkRecipe
+RECIPES: dict[str, type[BaseRecipe] | type[HypernetworkRecipe]] = {"base": BaseRecipe, "hypernetwork": HypernetworkRecipe}
 
 
 class BaseLearner(nn.Module):
@@ -157,7 +159,8 @@ class BaseLearner(nn.Module):
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
         )
-        self.base = BaseModel(Qwen3ForCausalLM(config).to(recipe.run.device), tokenizer)
+        model: Any = Qwen3ForCausalLM(config)
+        self.base = BaseModel(model.to(recipe.run.device), tokenizer)
         self.model = self.base.model
         self.model.requires_grad_(True)
 
@@ -191,7 +194,9 @@ class HypernetworkLearner(nn.Module):
         else:
             self.hypernetwork = Hypernetwork.load(recipe.start_from, base)
             if self.hypernetwork.settings != recipe.hypernetwork:
-                raise ValueError(f"{recipe.start_from} has settings {self.hypernetwork.settings}: write the same under [hypernetwork]")
+                raise ValueError(
+                    f"{recipe.start_from} has settings {self.hypernetwork.settings}: write the same under [hypernetwork]"
+                )
         self._checkpointing = recipe.run.gradient_checkpointing
 
     @property
@@ -215,14 +220,14 @@ Learner = BaseLearner | HypernetworkLearner
 
 def read_recipe(kind: str, values: dict[str, Any]) -> Recipe:
     """The recipe that `model_dump` turned into JSON values; kind: base or hypernetwork."""
-    return {"base": BaseRecipe, "hypernetwork": HypernetworkRecipe}[kind].model_validate(values)
+    return RECIPES[kind].model_validate(values)
 
 
 def train_loop(config: dict[str, Any]) -> None:
     """What every rank runs: build or restore, then stage after stage.
 
-    config: kind (base | hypernetwork), recipe (JSON values), queue (where rank 0 puts metrics, or None). Data sets are called by the
-    number of their stage; the first starts where the checkpoint of this run ended.
+    config: kind (base | hypernetwork), recipe (JSON values), queue (where rank 0 puts metrics, or None). Data sets are called
+    by the number of their stage; the first starts where the checkpoint of this run ended.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     recipe = read_recipe(config["kind"], config["recipe"])
@@ -253,11 +258,12 @@ def _initialise(learner: Learner, recipe: Recipe) -> Any:
         setattr(importlib.import_module("deepspeed.comm.torch"), "build_shm_op", lambda: None)  # noqa: B010
     groups = learner.groups(recipe.optimiser.weight_decay)
     optimiser = torch.optim.AdamW(groups, lr=1e-9, betas=recipe.optimiser.betas, fused=True)
-    share = recipe.optimiser.global_batch // dist.get_world_size()
+    ranks = dist.get_world_size()
+    share = recipe.optimiser.global_batch // ranks
     micro = recipe.run.micro_batch or share
-    if share * dist.get_world_size() != recipe.optimiser.global_batch or share % micro:
+    if share * ranks != recipe.optimiser.global_batch or share % micro:
         raise ValueError(
-            f"global_batch {recipe.optimiser.global_batch} must be a multiple of workers {dist.get_world_size()} times micro_batch {micro}"
+            f"global_batch {recipe.optimiser.global_batch} is no multiple of workers {ranks} times micro_batch {micro}"
         )
     engine, *_ = deepspeed.initialize(
         model=learner,
@@ -271,10 +277,14 @@ def _initialise(learner: Learner, recipe: Recipe) -> Any:
             "steps_per_print": 10**9,
         },
     )
-    # DeepSpeed links moments to parameters in its first step, group by group, and then misses those of later groups: make them now.
+    # DeepSpeed links moments to parameters in its first step, group by group, and misses those of later groups: make them now.
     for flat in engine.optimizer.single_partition_of_fp32_groups:
         step = torch.zeros((), device=flat.device)
-        engine.optimizer.optimizer.state[flat] = {"step": step, "exp_avg": torch.zeros_like(flat), "exp_avg_sq": torch.zeros_like(flat)}
+        engine.optimizer.optimizer.state[flat] = {
+            "step": step,
+            "exp_avg": torch.zeros_like(flat),
+            "exp_avg_sq": torch.zeros_like(flat),
+        }
     engine.optimizer._lazy_init_hp_params_optimizer_state()
     return engine
 
@@ -314,13 +324,19 @@ def _run_stage(engine: Any, learner: Learner, recipe: Recipe, number: int, state
         if skipped > SKIPPED_STEPS_AT_MOST:
             raise RuntimeError(f"{skipped} steps in a row had no finite gradient: lower the learning rate, or train in fp32")
         losses, targets = losses + summed.item(), targets + int(tokens_on.item())
-        window, offset = _furthest(table.column("window").to_pylist()[-1], table.column("offset").to_pylist()[-1], learner.base.device)
+        window, offset = _furthest(
+            table.column("window").to_pylist()[-1], table.column("offset").to_pylist()[-1], learner.base.device
+        )
         state.update(step=state["step"] + 1, global_step=state["global_step"] + 1, window=window, offset=offset + 1)
         done, run = state["global_step"], recipe.run
         metrics: dict[str, Any] = {"stage": stage.name, "step": done, "learning_rate": stage.rate(state["step"] - 1)}
         if done % run.log_every_steps == 0 or state["step"] == stage.steps:
             seconds = time.monotonic() - started
-            metrics |= {"loss": losses / targets, "targets_per_s": targets / seconds, "gradient_norm": float(engine.get_global_grad_norm())}
+            metrics |= {
+                "loss": losses / targets,
+                "targets_per_s": targets / seconds,
+                "gradient_norm": float(engine.get_global_grad_norm()),
+            }
             metrics |= {"skipped_in_a_row": skipped}
             started, losses, targets = time.monotonic(), 0.0, 0
         if run.validation.corpus and (done % run.validation.every_steps == 0 or state["step"] == stage.steps):

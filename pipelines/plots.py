@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -68,3 +69,25 @@ def _draw(axes: Axes, panel: Panel, value_label: str, line_label: str) -> None:
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(length=0, colors=INK, labelsize=9)
+
+
+def training_curves(records: Sequence[Mapping[str, Any]], path: Path) -> tuple[Path, Path]:
+    """Loss of training and exact match on unseen documents, by step, from the records of a run; `path` with .png and .svg."""
+    figure = Figure(figsize=(9, 3.4), layout=ConstrainedLayoutEngine(w_pad=0.1, wspace=0.05))
+    left, right = figure.subplots(1, 2)
+    for axes, name, title in ((left, "loss", "Loss, nats per token"), (right, "exact_match", "Exact match, unseen documents")):
+        points = [(record["step"], record[name]) for record in records if name in record]
+        axes.plot(
+            *zip(*points, strict=True), color=COLOURS[1], linewidth=1.6, marker="o" if len(points) < 30 else "", markersize=4
+        )
+        axes.set_title(title, loc="left", fontsize=10, color=INK)
+        axes.set_xlabel("step")
+        axes.grid(True, color=GRID, linewidth=0.8)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(length=0, colors=INK, labelsize=9)
+    right.set_ylim(0, 1)
+    right.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    paths = path.with_suffix(".png"), path.with_suffix(".svg")
+    for file in paths:
+        figure.savefig(file, dpi=150)
+    return paths

@@ -18,7 +18,7 @@ def training_progress(stages: Sequence[Stage], console: Console) -> Iterator[Cal
         task = progress.add_task("starting", total=sum(stage.steps for stage in stages), loss="")
 
         def observe(metrics: dict[str, Any]) -> None:
-            shown = {"loss": f"loss {metrics['loss']:.3f}"} if "loss" in metrics else {}
+            shown: dict[str, Any] = {"loss": f"loss {metrics['loss']:.3f}"} if "loss" in metrics else {}
             progress.update(task, completed=metrics["step"], description=metrics["stage"], **shown)
             if "exact_match" in metrics:
                 console.print(

@@ -1,8 +1,9 @@
 """Training runs: Ray Train starts the ranks, Ray Data feeds them, and this process shows and records what they report.
 
-In: a recipe (base or hypernetwork) and a run directory. Out, in that directory: `recipe.json` (resolved), `metrics.jsonl`, `tensorboard/`,
-`checkpoints/` (Ray Train's), and at the end `model/`, what `load_base` or `Hypernetwork.load` reads. Calling it again with the same
-directory goes on where the last checkpoint ended; a finished run is not trained again. Needs an initialised Ray.
+In: a recipe (base or hypernetwork) and a run directory. Out, in that directory: `recipe.json` (resolved), `metrics.jsonl`,
+`tensorboard/`, `checkpoints/` (Ray Train's), and at the end `model/`, what `load_base` or `Hypernetwork.load` reads. Calling
+it again with the same directory goes on where the last checkpoint ended; a finished run is not trained again. Needs an
+initialised Ray.
 """
 
 import json
@@ -17,6 +18,7 @@ import fsspec
 import ray
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.util.queue import Empty, Queue
 from torch.utils.tensorboard import SummaryWriter
 
@@ -31,8 +33,8 @@ CHECKPOINTS = "checkpoints"
 def train(recipe: Recipe, run_directory: Path, observer: Observer | None = None) -> Path:
     """Runs or resumes a training and returns the directory of the trained model.
 
-    observer: called with every metrics record, in this process. Raises `ValueError` when the directory holds a run of another recipe,
-    or when recipe and corpus do not fit; `RuntimeError` when training fails.
+    observer: called with every metrics record, in this process. Raises `ValueError` when the directory holds a run of another
+    recipe, or when recipe and corpus do not fit; `RuntimeError` when training fails.
     """
     run_directory = run_directory.resolve()
     model = run_directory / "model"
@@ -67,7 +69,7 @@ def train(recipe: Recipe, run_directory: Path, observer: Observer | None = None)
     recorder = _Recorder(queue, run_directory, observer)
     try:
         result = trainer.fit()
-    except ray.train.v2.api.exceptions.TrainingFailedError as error:
+    except TrainingFailedError as error:
         raise RuntimeError(f"training failed; the last checkpoint is kept, run the same command to go on: {error}") from error
     finally:
         recorder.close()

@@ -164,9 +164,7 @@ def test_windows_that_do_not_fit_the_base_are_refused() -> None:
         HypernetworkWriter(Hypernetwork(tiny_base(), SETTINGS))
 
 
-@given(
-    lengths=st.lists(st.integers(0, 300), max_size=60), max_rows=st.integers(1, 9), max_tokens=st.integers(1, 600)
-)
+@given(lengths=st.lists(st.integers(0, 300), max_size=60), max_rows=st.integers(1, 9), max_tokens=st.integers(1, 600))
 def test_batches_hold_every_index_once_within_their_limits(lengths: list[int], max_rows: int, max_tokens: int) -> None:
     batches = plan_batches(lengths, max_rows, max_tokens)
     assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))

@@ -12,6 +12,8 @@ from pipelines.feed import Feed, Position, dataset, plan, row_groups, to_example
 from pipelines.world import WorldSpec, generate, write
 from pipelines.world_tokenizer import build_tokenizer
 
+BASE_TASKS = {"in_context": 0.5, "copying": 0.2, "recitation": 0.1, "question_only": 0.1, "plain_text": 0.1}
+
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
@@ -42,7 +44,11 @@ def test_every_document_once_an_epoch_in_another_order(corpus):
 
 @pytest.mark.parametrize(
     "tasks",
-    [{"questions": 1.0}, {"pretraining": 1.0}, {"in_context": 0.5, "copying": 0.2, "recitation": 0.1, "question_only": 0.1, "plain_text": 0.1}],
+    [
+        {"questions": 1.0},
+        {"pretraining": 1.0},
+        BASE_TASKS,
+    ],
 )
 def test_a_window_is_a_function_of_its_arguments(corpus, tasks):
     feed = make_feed(corpus)

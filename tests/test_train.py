@@ -1,4 +1,4 @@
-"""Training runs on real Ray Train, Ray Data and DeepSpeed: ranks agree, kills do not show, faults of the released code are absent."""
+"""Training on real Ray Train, Ray Data and DeepSpeed: ranks agree, kills leave no trace, released faults are absent."""
 
 import json
 import os
@@ -47,7 +47,7 @@ def recipe(world: Path, workers: int = 1, **changes: object) -> HypernetworkReci
         "feed": Feed(corpus=(str(world / "train"),), shuffle_documents=100, max_questions=2),
         "optimiser": Optimiser(global_batch=8),
         "stages": (
-            Stage(name="pretraining", tasks={"pretraining": 1.0}, steps=STEPS // 2, learning_rate=3e-3, warmup_steps=5, decay="constant"),
+            Stage(name="pretraining", tasks={"pretraining": 1.0}, steps=STEPS // 2, learning_rate=3e-3, decay="constant"),
             Stage(name="questions", tasks={"questions": 1.0}, steps=STEPS // 2, learning_rate=1e-3),
         ),
         "run": Run(workers=workers, threads=1, micro_batch=4, log_every_steps=1, checkpoint_every_steps=5, max_failures=1),
@@ -64,7 +64,8 @@ def single(ray_local, world, tmp_path_factory):
     """An uninterrupted run on one worker: its directory and its metrics."""
     run = tmp_path_factory.mktemp("single")
     records: list[dict] = []
-    train(recipe(world, run=recipe(world).run.model_copy(update={"validation": Validation(corpus=str(world / "validation"), documents=4, every_steps=25)})), run, records.append)
+    validation = Validation(corpus=str(world / "validation"), documents=4, every_steps=25)
+    train(recipe(world, run=recipe(world).run.model_copy(update={"validation": validation})), run, records.append)
     return run, records
 
 
@@ -72,7 +73,7 @@ def test_a_run_trains_validates_and_records(single, world):
     run, records = single
     curve = losses(records)
     assert list(curve) == list(range(1, STEPS + 1))
-    assert curve[STEPS // 2] < curve[1] - 0.5
+    assert curve[STEPS // 2] < curve[1] - 0.2
     assert [record["step"] for record in records if "exact_match" in record] == [25, 50]
     assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [r["step"] for r in records]
     assert list((run / "tensorboard").glob("events*"))

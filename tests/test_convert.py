@@ -1,0 +1,258 @@
+import io
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from models import SHAPE
+from rich.console import Console
+from transformers import AutoModelForCausalLM, Qwen3Config
+
+from core.adapter_writing import WindowRule
+from core.base_model import BaseModel, load_base
+from core.documents import windows
+from core.hypernetwork import Hypernetwork, HypernetworkSettings
+from core.lora import LoraWeights, compose, recompress
+from core.prompts import encode
+from core.store import Store
+from pipelines import sources
+from pipelines.convert import ConvertRecipe, ConvertRun, convert
+from pipelines.world_tokenizer import build_tokenizer
+
+MAX_TOKENS = 60
+RUN = ConvertRun(buffer_documents=8, batch_rows=3, actors=2)
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> ConvertRecipe:
+    """A tiny random base and hypernetwork on disk."""
+    folder = tmp_path_factory.mktemp("models")
+    tokenizer = build_tokenizer()
+    torch.manual_seed(0)
+    config = Qwen3Config(**{**SHAPE, "vocab_size": len(tokenizer)}, head_dim=12, tie_word_embeddings=True)
+    base = BaseModel(AutoModelForCausalLM.from_config(config), tokenizer)
+    base.model.save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    settings = HypernetworkSettings(rank=2, meta_rank=2, num_layers=2, num_heads=4, feed_forward=32, scale=1e-2)
+    hypernetwork = Hypernetwork(load_base(folder / "base"), settings)
+    hypernetwork.save(folder / "hypernetwork")
+    return ConvertRecipe(
+        base=str(folder / "base"),
+        hypernetwork=str(folder / "hypernetwork"),
+        tenant="acme",
+        collection="docs",
+        encoding="fp32",
+        windows=WindowRule(max_tokens=MAX_TOKENS),
+        run=RUN,
+    )
+
+
+def write_corpus(root: Path) -> dict[str, str]:
+    """A folder of every kind of good and bad file. Returns the good documents' texts by name."""
+    (root / "deep").mkdir(parents=True)
+    (root / ".hidden").mkdir()
+    good = {f"deep/{number}.txt": f"The crane number {number} lifts " + "boxes " * number for number in range(11)}
+    good |= {"long.txt": "one two three four " * 40, "twin.txt": "The same text."}
+    good["notes.md"] = "```\n# not this\n```\n# The title #\n\nBody."
+    for name, text in good.items():
+        (root / name).write_text(text)
+    (root / "deep" / "twin copy.txt").write_bytes(b"\xef\xbb\xbfThe same text.\r\n")
+    lines = [
+        json.dumps({"id": "row-1", "text": "A row with an id.", "title": "First"}),
+        "",
+        json.dumps({"text": "A row without one."}),
+        "{broken",
+        json.dumps(["no", "object"]),
+        json.dumps({"id": "no-text"}),
+        '{"id": "half", "text": "\\ud800"}',
+        json.dumps({"id": "row-1", "text": "A second text under a known name."}),
+        "[" * 100_000,
+    ]
+    (root / "rows.jsonl").write_bytes("\n".join(lines).encode() + b'\n{"text": "\xff"}\n')
+    columns = {"id": [7, 8, 9], "text": ["A row of Parquet.", None, "Another row."], "other": [1, 2, 3]}
+    pq.write_table(pa.table(columns), root / "table.parquet")
+    (root / "damaged.parquet").write_bytes((root / "table.parquet").read_bytes()[:-9])
+    pq.write_table(pa.table({"body": ["x"]}), root / "other.parquet")
+    (root / "bad.txt").write_bytes(b"caf\xe9")
+    (root / "binary.md").write_bytes(b"a\0b")
+    (root / "empty.txt").write_bytes(b"")
+    (root / "blank.jsonl").write_bytes(b"\n\n")
+    (root / "large.txt").write_text("x" * 5000)
+    (root / "scan.pdf").write_bytes(b"%PDF")
+    (root / ".hidden" / "a.txt").write_text("hidden")
+    (root.parent / "secret.txt").write_text("A secret outside of the folder.")
+    (root.parent / "elsewhere").mkdir(exist_ok=True)
+    (root / "link.txt").symlink_to(root.parent / "secret.txt")
+    (root / "folder").symlink_to(root.parent / "elsewhere")
+    (root / "loop").symlink_to(root)
+    (root / "gone.txt").symlink_to(root / "nothing")
+    os.mkfifo(root / "pipe.txt")
+    (root / os.fsdecode(b"\xff.txt")).write_text("A name that is not UTF-8.")
+    return good | {
+        "deep/twin copy.txt": "The same text.",
+        "row-1": "A row with an id.",
+        "rows.jsonl#2": "A row without one.",
+        "7": "A row of Parquet.",
+        "9": "Another row.",
+    }
+
+
+BAD = {
+    "rows.jsonl#3": "not JSON",
+    "rows.jsonl#4": "not a JSON object",
+    "no-text": "no text",
+    "half": "not Unicode",
+    "row-1": "name taken by an earlier document",
+    "rows.jsonl#8": "too large",
+    "rows.jsonl#9": "not UTF-8",
+    "8": "no text",
+    "damaged.parquet": "cannot be read",
+    "other.parquet": "no column text",
+    "bad.txt": "not UTF-8",
+    "binary.md": "binary",
+    "empty.txt": "empty",
+    "blank.jsonl": "empty",
+    "large.txt": "too large",
+    "scan.pdf": "no reader for this kind of file",
+    "link.txt": "a link that leaves the folder",
+    "folder": "a link that leaves the folder",
+    "loop": "a link to a folder",
+    "gone.txt": "cannot be read",
+    "pipe.txt": "not a regular file",
+    "\\udcff.txt": "the file's name is not UTF-8",
+}
+
+
+def rejected(path: Path) -> dict[str, str]:
+    return {row["name"]: row["reason"].partition(":")[0] for row in map(json.loads, path.read_text().splitlines())}
+
+
+def rows_of(source: sources.Source) -> Iterator[dict[str, Any]]:
+    for table in sources.read(source):
+        yield from table.to_pylist()
+
+
+def test_every_file_becomes_documents_or_rejects(tmp_path: Path) -> None:
+    texts = write_corpus(tmp_path / "corpus")
+    source = sources.open_source(str(tmp_path / "corpus"), "acme", "docs", max_document_bytes=4096)
+    rows = list(rows_of(source))
+    reasons = {row["name"]: row["reason"].partition(":")[0] for row in rows if row["reason"]}
+    assert reasons == {name: reason for name, reason in BAD.items() if name != "row-1"}
+    read = {row["name"]: row for row in reversed(rows) if row["reason"] is None}
+    assert {name: row["text"].rstrip() for name, row in read.items()} == {name: text.rstrip() for name, text in texts.items()}
+    titled = {row["name"]: row["title"] for row in rows if row["title"]}
+    assert titled == {"notes.md": "The title", "row-1": "First"}
+    assert {(row["tenant"], row["collection"]) for row in rows} == {("acme", "docs")}
+    blank_line_bytes = 1
+    assert sum(row["source_bytes"] for row in rows) == source.size_bytes - blank_line_bytes
+    assert "secret" not in str(rows).replace("secret.txt", "")
+
+
+def test_one_file_is_a_source_and_nothing_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"name": "a", "text": "x"}')
+    for url in (str(tmp_path / "rows.jsonl"), f"file://{tmp_path}/rows.jsonl"):
+        [row] = rows_of(sources.open_source(url, "t", "c"))
+        assert (row["name"], row["text"], row["reason"]) == ("a", "x", None)
+    with pytest.raises(ValueError, match="nothing at"):
+        sources.open_source(str(tmp_path / "absent"), "t", "c")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no files under"):
+        sources.open_source(str(tmp_path / "empty"), "t", "c")
+
+
+def test_another_file_system_is_read_by_its_url() -> None:
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/corpus/a/b.md", b"# Head\n\nBody")
+    memory.pipe("/corpus/.skip/c.txt", b"hidden")
+    [row] = rows_of(sources.open_source("memory://corpus", "t", "c"))
+    assert (row["name"], row["title"], row["text"]) == ("a/b.md", "Head", "# Head\n\nBody")
+
+
+def test_a_folder_becomes_a_store_and_a_rerun_converts_what_changed(
+    ray_local: Any, recipe: ConvertRecipe, tmp_path: Path
+) -> None:
+    corpus, url = tmp_path / "corpus", str(tmp_path / "store")
+    texts = write_corpus(corpus)
+    recipe = recipe.model_copy(update={"run": RUN.model_copy(update={"max_document_bytes": 4096})})
+
+    drawn = io.StringIO()
+    summary = convert(str(corpus), url, recipe, progress=Console(file=drawn, force_terminal=True, width=120))
+    assert "documents/s" in drawn.getvalue()
+    assert rejected(tmp_path / "store.rejects.jsonl") == BAD and summary.rejects_path == tmp_path / "store.rejects.jsonl"
+    assert summary.documents == {"converted": len(texts) - 1, "shared": 1, "rejected": len(BAD)}
+    assert summary.reasons["not UTF-8"] == 2 and 0 < summary.worst_error < 1
+    assert summary.start_s > 0 and summary.documents_per_s > 0 and any("composed" in line for line in summary.lines())
+
+    store = Store.open(url)
+    base = load_base(recipe.base)
+    hypernetwork = Hypernetwork.load(recipe.hypernetwork, base)
+    assert base.tokenizer is not None
+    assert (store.stats().documents, store.stats().adapters) == (len(texts), len(texts) - 1)
+    assert summary.bytes_per_adapter == hypernetwork.spec.numel * 4
+    composed = 0
+    for name, text in texts.items():
+        row = store.find_document("acme", "docs", name)
+        assert row is not None and store.get_text(row) == text.rstrip()
+        [adapter] = store.find_adapters("acme", row.content_hash)
+        ids = encode(base.tokenizer, text.rstrip())
+        assert adapter.tokens == len(ids) and adapter.window == (0, len(ids))
+        got = LoraWeights(hypernetwork.spec, store.get_vector(adapter)[None])
+        covers = windows(len(ids), MAX_TOKENS)
+        if len(covers) == 1:
+            torch.testing.assert_close(got.flat_BN, alone(hypernetwork, ids).flat_BN, rtol=1e-5, atol=1e-5)
+        else:
+            composed += 1
+            whole, _ = recompress(compose([alone(hypernetwork, ids[start:end]) for start, end in covers]), hypernetwork.spec.rank)
+            for layer, site in {(entry.layer, entry.site) for entry in hypernetwork.spec.table}:
+                (a, b), (c, d) = got.factors(layer, site), whole.factors(layer, site)
+                torch.testing.assert_close(a @ b, c @ d, rtol=1e-3, atol=1e-5)
+    assert 1 <= composed == summary.composed < len(texts)
+
+    (corpus / "notes.md").write_text("# The title\n\nAnother body.")
+    (corpus / "moved.txt").write_text(texts["7"])
+    before = store.find_document("acme", "docs", "notes.md")
+    summary = convert(str(corpus), url, recipe, rejects=tmp_path / "elsewhere.jsonl")
+    assert summary.documents == {"converted": 1, "shared": 1, "unchanged": len(texts) - 1, "rejected": len(BAD)}
+    assert rejected(tmp_path / "elsewhere.jsonl") == BAD
+    store.refresh()
+    after = store.find_document("acme", "docs", "notes.md")
+    assert before is not None and after is not None and before.content_hash != after.content_hash
+    assert len(store.find_adapters("acme", after.content_hash)) == 1 and store.stats().adapters == len(texts)
+
+
+def test_tenants_and_encodings_share_nothing(ray_local: Any, recipe: ConvertRecipe, tmp_path: Path) -> None:
+    corpus, url = tmp_path / "corpus", str(tmp_path / "store")
+    corpus.mkdir()
+    for number in range(20):
+        (corpus / f"{number:02}.txt").write_text(f"Document {number}.")
+    (corpus / "\u2028.txt").write_text("A name that no document may have.")
+    one = recipe.model_copy(update={"encoding": "bf16"})
+    other = recipe.model_copy(update={"tenant": "other", "encoding": "bf16", "run": RUN.model_copy(update={"shard_bytes": 1})})
+    assert convert(str(corpus), url, one).documents == {"converted": 20, "rejected": 1}
+    assert convert(str(corpus), url, other).documents == {"converted": 20, "rejected": 1}
+    store = Store.open(url)
+    vectors, shards = {}, {}
+    for tenant in ("acme", "other"):
+        page = store.list_documents(tenant)
+        found = [store.find_adapters(tenant, row.content_hash) for row in page.rows]
+        assert len(found) == 20 and all(len(adapters) == 1 for adapters in found)
+        vectors[tenant] = torch.stack([store.get_vector(adapters[0]) for adapters in found])
+        shards[tenant] = {adapters[0].shard for adapters in found}
+    assert torch.equal(vectors["acme"], vectors["other"])
+    assert shards["acme"].isdisjoint(shards["other"]) and (len(shards["acme"]), len(shards["other"])) == (3, 20)
+    hypernetwork = Hypernetwork.load(recipe.hypernetwork, base := load_base(recipe.base))
+    assert base.tokenizer is not None
+    expected = alone(hypernetwork, encode(base.tokenizer, "Document 4."))
+    torch.testing.assert_close(vectors["acme"][4], expected.flat_BN[0], rtol=2**-8, atol=1e-5)
+
+
+def alone(hypernetwork: Hypernetwork, ids: list[int]) -> LoraWeights:
+    with torch.no_grad():
+        return hypernetwork.generate(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.int64))
