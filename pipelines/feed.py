@@ -13,6 +13,7 @@ global batch whatever the number of ranks (exactly on one node; on several, Ray 
 import hashlib
 import json
 import random
+import time
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Annotated, Any, Literal, NamedTuple
@@ -23,6 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 from pydantic import Field, model_validator
+from ray.data._internal.execution.execution_callback import ExecutionCallback
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from core.config import Section
@@ -147,7 +149,17 @@ def dataset(
     make = {"feed": feed, "stage": stage, "tasks": tasks, "tokenizer": tokenizer}
     stream = ray.data.from_items(items, override_num_blocks=len(items))
     stream = stream.map_batches(_window_examples, batch_size=1, batch_format="numpy", fn_kwargs=make, zero_copy_batch=False)
-    return stream.repartition(target_num_rows_per_block=block_rows)
+    stream = stream.repartition(target_num_rows_per_block=block_rows)
+    stream.context.custom_execution_callback_classes = [_Patience]
+    return stream
+
+
+class _Patience(ExecutionCallback):
+    """Ray Data 2.60's loop spins on a whole core while all tasks are done and the consumer is slower: a training step is."""
+
+    def on_execution_step(self, executor: Any) -> None:
+        if not any(op.num_active_tasks() for op in executor._topology):
+            time.sleep(0.02)
 
 
 def to_examples(batch: pa.Table) -> list[Example]:

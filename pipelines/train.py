@@ -90,7 +90,8 @@ def _claim(recipe: Recipe, run_directory: Path) -> None:
         known = type(recipe).model_validate_json(path.read_text())
         if fingerprint(known) != fingerprint(recipe):
             raise ValueError(f"{run_directory} holds a run of another recipe: choose another directory, or delete this one")
-    write_resolved(recipe, path)
+    else:
+        write_resolved(recipe, path)
 
 
 def _for_workers(recipe: Recipe) -> Recipe:

@@ -1,67 +1,25 @@
-import json
 import multiprocessing
-import re
 import threading
-from collections.abc import Callable
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
-import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.adapter import AdapterSpec, SiteShape
 from core.codec import ENCODINGS
-from core.config import digest
-from core.documents import Document, Window
+from core.documents import Window
 from core.manifest import (
-    CorruptObject,
     MissingObject,
-    NewAdapter,
     Producer,
     Root,
     StoreError,
     adapter_id,
     blob_hash,
-    rows_from_parquet,
-    rows_to_parquet,
 )
 from core.store import ALIGNMENT_BYTES, Store
-
-SPEC = AdapterSpec(((SiteShape("q", 4, 6), SiteShape("down", 6, 4)),) * 2, rank=2)
-PRODUCER = Producer(method="shine", weights="w" * 64, config={"base": "tiny", "quantised": None, "sizes": [1, 2.5]})
-
-
-def document(text: str = "text", tenant: str = "tenant", collection: str = "c", name: str = "name", title: str = "") -> Document:
-    return Document(tenant=tenant, collection=collection, name=name, title=title, text=text)
-
-
-def vector(seed: int = 0) -> torch.Tensor:
-    return torch.randn(SPEC.numel, generator=torch.Generator().manual_seed(seed))
-
-
-def adapter(of: Document, seed: int = 0, **changes: object) -> NewAdapter:
-    values = {"window": Window(0, 3), "producer": PRODUCER, "spec": SPEC, "encoding": "fp32", "vector": vector(seed), "tokens": 3}
-    return NewAdapter(**{"tenant": of.tenant, "content_hash": of.content_hash, **values, **changes})
-
-
-def store_with_one(path: Path) -> tuple[Store, Document]:
-    store, one = Store.open(path, create=True), document("Its own text.", title="Title")
-    store.put([one], [adapter(one)])
-    return store, one
-
-
-def the_file(path: Path, pattern: str) -> Path:
-    return max(path.glob(pattern))
-
-
-def flip(file: Path, at: int) -> None:
-    data = bytearray(file.read_bytes())
-    data[at] ^= 1
-    file.write_bytes(data)
+from tests.stores import PRODUCER, SPEC, adapter, document, store_with_one, the_file, vector
 
 
 def test_round_trip(tmp_path: Path) -> None:
@@ -312,146 +270,6 @@ def test_bad_adapters_are_refused_and_nothing_is_written(tmp_path: Path) -> None
         with pytest.raises(ValueError, match=message):
             store.put([one], [adapter(one, **changes)])
     assert store.sequence == 1 and store.find_document("tenant", "c", "name") is None and not list(tmp_path.glob("shards/*"))
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.sampled_from(["manifest/*", "roots/*2.json"]), st.floats(0, 1, exclude_max=True))
-def test_a_flipped_byte_of_part_or_root_is_detected(tmp_path_factory: pytest.TempPathFactory, pattern: str, where: float) -> None:
-    path = tmp_path_factory.mktemp("store")
-    store_with_one(path)
-    file = the_file(path, pattern)
-    flip(file, int(where * file.stat().st_size))
-    with pytest.raises(StoreError, match=re.escape(file.name)):
-        Store.open(path)
-
-
-def test_a_flipped_byte_of_a_blob_is_detected(tmp_path: Path) -> None:
-    store, one = store_with_one(tmp_path)
-    text_row, [vector_row] = store.find_document("tenant", "c", "name"), store.find_adapters("tenant", one.content_hash)
-    assert text_row is not None
-    file = the_file(tmp_path, "shards/*")
-    for row, read in ((text_row, store.get_text), (vector_row, store.get_vector)):
-        for at in (row.offset, row.offset + row.length // 2, row.offset + row.length - 1):
-            flip(file, at)
-            with pytest.raises(CorruptObject, match=f"shards/{file.name} is damaged between bytes {row.offset} and"):
-                read(row)
-            flip(file, at)
-        read(row)
-
-
-def test_a_truncated_or_missing_object_is_detected(tmp_path: Path) -> None:
-    store, one = store_with_one(tmp_path)
-    [row] = store.find_adapters("tenant", one.content_hash)
-    shard = the_file(tmp_path, "shards/*")
-    shard.write_bytes(shard.read_bytes()[:-1])
-    with pytest.raises(CorruptObject, match=f"shards/{shard.name} has .* cut short"):
-        store.get_vector(row)
-    shard.unlink()
-    with pytest.raises(MissingObject, match=f"shards/{shard.name} is missing"):
-        store.get_vector(row)
-    part = the_file(tmp_path, "manifest/*")
-    part.unlink()
-    with pytest.raises(MissingObject, match=f"manifest/{part.name} is missing"):
-        Store.open(tmp_path)
-
-
-def test_a_refresh_that_fails_keeps_the_version(tmp_path: Path) -> None:
-    writer, one = store_with_one(tmp_path)
-    reader = Store.open(tmp_path)
-    writer.put([document("other", name="other")])
-    flip(the_file(tmp_path, "roots/*"), 5)
-    with pytest.raises(StoreError, match=r"roots/0+3\.json"):
-        reader.refresh()
-    row = reader.find_document("tenant", "c", "name")
-    assert reader.sequence == 2 and row is not None and reader.get_text(row) == one.text
-
-
-def seal(values: dict[str, object]) -> bytes:
-    values = {key: value for key, value in values.items() if key != "checksum"}
-    return json.dumps(values | {"checksum": digest(values)}, sort_keys=True, separators=(",", ":")).encode()
-
-
-def forge(path: Path, change: Callable[[dict], object]) -> None:
-    file = the_file(path, "roots/*")
-    values = json.loads(file.read_bytes())
-    change(values)
-    file.write_bytes(seal(values))
-
-
-def test_an_unknown_format_says_which_version_reads_it(tmp_path: Path) -> None:
-    store_with_one(tmp_path)
-    forge(tmp_path, lambda root: root.update(format_version=2, something="new"))
-    with pytest.raises(
-        ValueError, match=r"roots/0+2\.json has format version 2, and this Imprint reads version 1.*reads format version 2"
-    ):
-        Store.open(tmp_path)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda root: root["parts"][0].update(name="../../" + root["parts"][0]["name"]),
-        lambda root: root["parts"][0].update(name=root["parts"][0]["name"] + "\n"),
-        lambda root: root["parts"][0].update(kind="adapters"),
-        lambda root: root["parts"][0].update(rows=7),
-        lambda root: root["parts"][0].update(rows=-1),
-        lambda root: root["producers"].update({"0" * 64: next(iter(root["producers"].values()))}),
-        lambda root: root.update(sequence=7),
-        lambda root: root.update(sequence=-(10**30)),
-        lambda root: root.update(extra=1),
-        lambda root: root.pop("parts"),
-        lambda root: root.clear(),
-    ],
-)
-def test_forged_roots_are_refused(tmp_path: Path, change: Callable[[dict], object]) -> None:
-    store_with_one(tmp_path)
-    forge(tmp_path, change)
-    with pytest.raises(StoreError):
-        Store.open(tmp_path)
-
-
-@pytest.mark.parametrize("data", [b"", b"[]", b"null", b"\xff", b"[" * 100_000, b'{"format_version":1' + b"0" * 5000 + b"}"])
-def test_roots_of_other_bytes_are_refused(data: bytes) -> None:
-    with pytest.raises(StoreError, match="roots/1"):
-        Root.from_bytes(data, "roots/1")
-
-
-def test_a_spec_under_anothers_fingerprint_is_refused(tmp_path: Path) -> None:
-    store_with_one(tmp_path)
-    forge(tmp_path, lambda root: root["specs"].update({SPEC.fingerprint: SPEC.with_rank(3).to_json()}))
-    with pytest.raises(StoreError, match="fingerprint"):
-        Store.open(tmp_path).spec(SPEC.fingerprint)
-    with pytest.raises(StoreError, match="knows no spec 00"):
-        Store.open(tmp_path).spec("0" * 64)
-
-
-@pytest.mark.parametrize(
-    "shard", ["../secret.bin", "/etc/passwd", "..", "", "a.bin", "0" * 32 + ".bin\n", "0" * 32 + ".bin/../x"]
-)
-def test_hostile_shard_names_are_refused(tmp_path: Path, shard: str) -> None:
-    store, one = store_with_one(tmp_path)
-    (tmp_path / "secret.bin").write_bytes(b"secret")
-    [row] = store.find_adapters("tenant", one.content_hash)
-    hostile = replace(row, shard=shard, offset=0, length=6, blob_hash=blob_hash(b"secret"))
-    [hostile] = rows_from_parquet("adapters", rows_to_parquet("adapters", [hostile]), "part")
-    with pytest.raises(CorruptObject, match="is not the name of a shard"):
-        store.get_bytes(hostile)
-
-
-@pytest.mark.parametrize(("offset", "length"), [(-1, 2), (0, -1), (0, 2**62), (2**62, 2**62), (10**6, 0)])
-def test_hostile_ranges_are_refused(tmp_path: Path, offset: int, length: int) -> None:
-    store, one = store_with_one(tmp_path)
-    [row] = store.find_adapters("tenant", one.content_hash)
-    with pytest.raises(CorruptObject, match="cut short"):
-        store.get_bytes(replace(row, offset=offset, length=length))
-
-
-def test_bytes_that_are_no_part_are_refused() -> None:
-    other = pa.BufferOutputStream()
-    pa.parquet.write_table(pa.table({"x": [1]}), other)
-    for data in (b"", b"PAR1", b"PAR1" * 100, other.getvalue().to_pybytes()):
-        with pytest.raises(CorruptObject, match="manifest/x"):
-            rows_from_parquet("documents", data, "manifest/x")
 
 
 def test_many_commits_stay_few_parts(tmp_path: Path) -> None:
