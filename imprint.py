@@ -50,10 +50,13 @@ def quiet_ray() -> Iterator[None]:
 
 @contextmanager
 def ray_session() -> Iterator[None]:
-    """Connects to the cluster that RAY_ADDRESS names, or runs a local Ray for as long as the command takes."""
+    """Connects to the cluster that RAY_ADDRESS names, or runs a local Ray for the command; one that runs already is kept."""
     with quiet_ray():
         import ray
 
+        if ray.is_initialized():
+            yield
+            return
         address = os.environ.get("RAY_ADDRESS", "local")
         own: dict[str, Any] = {"num_cpus": max(os.cpu_count() or 1, 4), "object_store_memory": 2**29}
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **(own if address == "local" else {}))
@@ -313,3 +316,7 @@ def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port: int = listener.getsockname()[1]
     return port
+
+
+if __name__ == "__main__":
+    app()

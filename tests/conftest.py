@@ -6,7 +6,9 @@ A test may skip only if it is marked slow or gpu: where CI=true, any other skip 
 stopped running proves nothing.
 """
 
+import gc
 import os
+import warnings
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -52,7 +54,10 @@ def ray_local() -> Iterator[Any]:
     except Exception as error:
         if "timed out during startup" not in str(error):
             raise
-        ray.shutdown()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ResourceWarning)
+            ray.shutdown()
+            gc.collect()
         start()
     yield ray
     ray.shutdown()

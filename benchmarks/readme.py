@@ -1,0 +1,52 @@
+"""Writes the README's measured numbers from benchmarks/results: `python -m benchmarks.readme` (`--check` only compares)."""
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results"
+BLOCK = re.compile(r"(<!-- numbers: .*? -->\n).*?(<!-- end of numbers -->)", re.DOTALL)
+
+
+def numbers() -> str:
+    """The three numbers that stand first in the README; those without a result are left out."""
+    lines = []
+    if quality := _result("quality"):
+        level = quality["groups"]["level_1"]
+        adapter, context = (level["scores"][name]["one_fact"]["exact_match"]["mean"] for name in ("adapter", "in_context"))
+        lines.append(
+            f"- **{adapter:.1%}** exact match on one-fact questions about {level['documents']} unseen documents from the adapter "
+            f"alone, {context:.1%} with the document in context, {level['chance']['one_fact']:.1%} by chance"
+        )
+    if conversion := _result("conversion"):
+        lines.append(
+            f"- **{conversion['conversion_documents_per_s']['median']:.0f} documents/s** converted on 2 cores, "
+            f"{conversion['ratio']['median']:.1f} times a plain loop over the same hypernetwork"
+        )
+    if serving := _result("serving_batching"):
+        lines.append(
+            f"- **{serving['ratio']['median']:.1f} times** the tokens/s for 16 concurrent requests to 16 documents, against "
+            "one after another, with the same answers"
+        )
+    return "\n".join(["", *lines, "", ""]) if lines else ""
+
+
+def _result(name: str) -> dict[str, Any] | None:
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def rendered(text: str) -> str:
+    """The README with the numbers of today's results."""
+    return BLOCK.sub(lambda match: match[1] + numbers() + match[2], text)
+
+
+if __name__ == "__main__":
+    readme = ROOT / "README.md"
+    fresh = rendered(readme.read_text())
+    if "--check" in sys.argv and fresh != readme.read_text():
+        sys.exit("README.md does not show the latest results: run python -m benchmarks.readme")
+    readme.write_text(fresh)

@@ -1,0 +1,110 @@
+"""The command line: every command explains itself, errors say what to do, and the README's commands run."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+import imprint
+from benchmarks.readme import rendered
+from core.base_model import load_base
+from core.hypernetwork import Hypernetwork
+from tests.test_shine_parity import GOLDEN, golden_base, golden_settings
+
+ROOT = Path(imprint.__file__).parent
+COMMANDS = ("world", "train", "convert", "serve", "ask", "evaluate", "import-shine", "export", "demo")
+
+
+def run(*arguments: str) -> str:
+    result = CliRunner().invoke(imprint.app, list(arguments))
+    assert result.exit_code == 0, f"{arguments}: {result.output}\n{result.exception!r}"
+    return result.output
+
+
+def fail(*arguments: str) -> str:
+    result = CliRunner().invoke(imprint.app, list(arguments))
+    assert result.exit_code == 2, f"{arguments}: {result.output}\n{result.exception!r}"
+    return " ".join(result.output.split())
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_an_example(command):
+    assert "Example: imprint " + command in re.sub(r"[`│\s]+", " ", run(command, "--help"))
+
+
+def test_help_lists_every_command():
+    listed = run("--help")
+    assert all(command in listed for command in COMMANDS)
+
+
+def test_errors_say_what_to_do(tmp_path, ray_local):
+    assert "validation or test" in fail("world", str(tmp_path), "--split", "nonsense")
+    assert "convert" in fail("export", str(tmp_path / "none"), "a", str(tmp_path / "out"), "--base", str(tmp_path)).lower()
+    assert "imprint serve" in fail("ask", "Who?", "--url", "http://127.0.0.1:9")
+    assert "no recipe at" in fail("train", "base", "--run", str(tmp_path / "run"), "--recipe", str(tmp_path / "none.toml"))
+    assert "optimiser.global_batch" in fail("train", "base", "--run", str(tmp_path / "run"), "--set", "optimiser.global_batch=-1")
+    assert "config.json" in fail("import-shine", str(tmp_path), str(tmp_path / "out"), "--base", str(tmp_path))
+
+
+def test_import_shine_writes_a_checkpoint_that_gives_the_golden_adapters(tmp_path):
+    base = golden_base("shine_p1", tmp_path)
+    settings = golden_settings("shine_p1")
+    options = [
+        part
+        for name in ("rank", "meta_rank", "num_layers", "num_heads", "feed_forward", "scale")
+        for part in (f"--{name.replace('_', '-')}", str(getattr(settings, name)))
+    ]
+    directory = tmp_path / "shine_p1"
+    run("import-shine", str(GOLDEN / "shine_p1" / "checkpoint-7"), str(tmp_path / "out"), "--base", str(directory), *options)
+    imported = Hypernetwork.load(tmp_path / "out", load_base(directory))
+    direct = Hypernetwork.from_shine_release(GOLDEN / "shine_p1" / "checkpoint-7", base, settings)
+    assert imported.fingerprint() == direct.fingerprint()
+
+
+def readme_commands() -> list[list[str]]:
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    lines = [line.split(" #")[0].strip() for block in blocks for line in block.splitlines()]
+    return [shlex.split(line) for line in lines if line.startswith("imprint ")]
+
+
+def test_readme_shows_the_latest_results():
+    text = (ROOT / "README.md").read_text()
+    assert rendered(text) == text, "run python -m benchmarks.readme"
+
+
+def test_readme_names_commands_and_options_that_exist():
+    commands = readme_commands()
+    assert {command[1] for command in commands} == set(COMMANDS) - {"demo"}
+    for _, command, *arguments in commands:
+        shown = run(command, "--help")
+        assert all(argument in shown for argument in arguments if argument.startswith("--")), (command, arguments)
+
+
+def test_readme_path_from_world_to_peft(ray_local, tmp_path, monkeypatch):
+    """The README's world, convert and export, as they stand there, on fewer documents."""
+    monkeypatch.chdir(tmp_path)
+    ran = []
+    for _, command, *arguments in readme_commands():
+        if command == "world" and "test" in arguments:
+            arguments[arguments.index("--count") + 1] = "3"
+        elif command not in ("convert", "export"):
+            continue
+        ran.append(command)
+        run(command, *arguments)
+    assert ran == ["world", "convert", "export"]
+    rows = [json.loads(line) for line in Path("runs/world/test-1/documents.jsonl").read_text().splitlines()]
+    base = load_base(imprint.REFERENCE / "base")
+    document = torch.tensor([base.tokenizer.encode(rows[0]["text"])])
+    hypernetwork = Hypernetwork.load(imprint.REFERENCE / "hypernetwork", base)
+    with torch.no_grad():
+        a_BIR, b_BRO = hypernetwork.generate(document, torch.ones_like(document)).factors(0, "q")
+        model = AutoModelForCausalLM.from_pretrained(imprint.REFERENCE / "base", dtype=torch.float32)
+        exported = peft.PeftModel.from_pretrained(model, "runs/peft").base_model.model.model.layers[0].self_attn.q_proj
+        delta = exported.get_delta_weight("default").T
+    assert torch.allclose(delta, (a_BIR @ b_BRO)[0], atol=2**-7 * delta.abs().max())
