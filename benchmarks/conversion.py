@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from itertools import islice
+from logging import ERROR
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ from pipelines.convert import ConvertRecipe, ConvertRun, convert, open_writer, p
 from pipelines.world_tokenizer import build_tokenizer
 
 RESULT = Path(__file__).parent / "results" / "conversion.json"
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "hidden_size": 128,
     "intermediate_size": 384,
     "num_hidden_layers": 4,
@@ -120,7 +121,7 @@ def main() -> None:
     )
     rates: dict[str, list[float]] = {"conversion": [], "plain": [], "plain_commits_grouped": []}
     load_start = os.getloadavg()[0]
-    ray.init(address="local", num_cpus=options.actors + 2, log_to_driver=False, logging_level="ERROR", include_dashboard=False)
+    ray.init(address="local", num_cpus=options.actors + 2, log_to_driver=False, logging_level=ERROR, include_dashboard=False)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         corpus, recipe = build(folder, options.documents, run)

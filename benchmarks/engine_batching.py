@@ -13,6 +13,7 @@ import subprocess
 import time
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
@@ -22,7 +23,7 @@ from core.engine import Engine, Request
 from core.lora import LoraWeights
 
 RESULT = Path(__file__).parent / "results" / "engine_batching.json"
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "vocab_size": 4096,
     "hidden_size": 192,
     "intermediate_size": 512,

@@ -15,7 +15,7 @@ import json
 import random
 import time
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Annotated, Any, Literal, NamedTuple
 
 import fsspec
@@ -146,9 +146,9 @@ def dataset(
         {"window": number, "skip": start.offset if number == start.window else 0, "groups": json.dumps(windows[number])}
         for number in range(start.window, len(windows))
     ]
-    make = {"feed": feed, "stage": stage, "tasks": tasks, "tokenizer": tokenizer}
-    stream = ray.data.from_items(items, override_num_blocks=len(items))
-    stream = stream.map_batches(_window_examples, batch_size=1, batch_format="numpy", fn_kwargs=make, zero_copy_batch=False)
+    make = partial(_window_examples, feed=feed, stage=stage, tasks=tasks, tokenizer=tokenizer)
+    stream: ray.data.Dataset = ray.data.from_items(items, override_num_blocks=len(items))
+    stream = stream.map_batches(make, batch_size=1, batch_format="numpy", zero_copy_batch=False)
     stream = stream.repartition(target_num_rows_per_block=block_rows)
     stream.context.custom_execution_callback_classes = [_Patience]
     return stream
