@@ -164,6 +164,7 @@ def serve(
 def ask(
     question: Annotated[str, typer.Argument(help="What to ask.")],
     model: Annotated[str, typer.Option(help="`base`, or `base:document` with the document's name as it is.")] = "base",
+    collection: Annotated[str | None, typer.Option(help="The document's collection, if not the server's own.")] = None,
     url: Annotated[str, typer.Option(help="Where the server is.")] = "http://127.0.0.1:8000",
     max_tokens: Annotated[int, typer.Option(help="Most tokens of the answer.")] = 64,
 ) -> None:
@@ -176,8 +177,9 @@ def ask(
     import httpx
 
     name, colon, document = model.partition(":")
+    place = f"{quote(collection, safe='')}/" if collection else ""
     body = {
-        "model": name + colon + quote(document, safe="/"),
+        "model": name + colon + place + quote(document, safe=""),
         "messages": [{"role": "user", "content": question}],
         "max_tokens": max_tokens,
     }
