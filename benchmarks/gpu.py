@@ -37,7 +37,7 @@ ROWS = (1, 8, 64)
 
 
 def build(shape: str, device: str) -> Hypernetwork:
-    """A random base in bf16 and its hypernetwork in SHINE's sizes (heads H / 128, feed-forward 2 H, rank 8, Meta LoRA rank 128)."""
+    """A random base in bf16 and its hypernetwork in SHINE's sizes (H / 128 heads, feed-forward 2 H, rank 8, Meta LoRA 128)."""
     config = Qwen3Config(**SHAPES[shape], **COMMON, tie_word_embeddings=shape != "8b")
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
