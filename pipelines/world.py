@@ -3,8 +3,8 @@
 In: (seed, split, level, index). Out: a `WorldDocument`, a function of these four alone, so any worker makes any document by
 itself. A document is a fact sheet or a small story about one entity and what it is linked to (level 1: 5 to 12 statements), or
 about two or three entities of one kind that share all their attributes with different values (level 2: 10 to 15 statements),
-so that a question's name must be bound to its fact. Statements end with their value, after the name and the words that say
-what it is a value of. Questions use other words than the text.
+so that a question's name must be bound to its fact. Two attributes of one document never take values of one class. Statements
+end with their value, after the name and the words that say what it is a value of. Questions use other words than the text.
 
 What the splits promise: train, validation and test share no name, hence no pair of entity and value; one half of the grid of
 question frames and phrases (its parts all seen, their combination not) is left for validation and test, and flagged. Values
@@ -89,13 +89,13 @@ def document(seed: int, split: Split, level: Level, index: int) -> WorldDocument
     if level == 1:
         entity_count, link_count = 1, random.randint(1, 2)
         attribute_count = random.randint(5, 12) - 2 * link_count
-        attribute_count = min(max(attribute_count, 3), len(kind.attributes))
-        one_fact_count = min(attribute_count, random.randint(3, 6))
+        attribute_count = max(attribute_count, 3)
+        one_fact_count = random.randint(3, 6)
     else:
         entity_count, link_count = random.randint(2, 3), 1
         attribute_count = 3 if entity_count == 3 else random.randint(3, 4)
         one_fact_count = random.randint(3, 5)
-    topics: list[Attribute | Link] = [*random.sample(kind.attributes, attribute_count), *random.sample(kind.links, link_count)]
+    topics = _draw_topics(random, kind, attribute_count, link_count)
     names = _draw_names(random, split, entity_count * (1 + link_count))
     entities, seconds = names[:entity_count], names[entity_count:]
 
@@ -119,7 +119,7 @@ def document(seed: int, split: Split, level: Level, index: int) -> WorldDocument
                 one_fact.append((topic, entity, value))
     random.shuffle(statements)
 
-    asked = random.sample(one_fact, one_fact_count) + random.sample(two_facts, min(2, len(two_facts)))
+    asked = random.sample(one_fact, min(one_fact_count, len(one_fact))) + random.sample(two_facts, min(2, len(two_facts)))
     random.shuffle(asked)
     held_out_next = random.random() < 0.5
     questions: list[Question] = []
@@ -195,6 +195,18 @@ def names_of(split: Split) -> tuple[tuple[str, str], ...]:
         for final in finals()
         if int.from_bytes(hashlib.sha256((WORLD_VERSION + initial + final).encode()).digest()[:4]) % 10 in tenths
     )
+
+
+def _draw_topics(random: Random, kind: Kind, attribute_count: int, link_count: int) -> list[Attribute | Link]:
+    """What a document tells: no two topics take their values from one class, so a name and a class of value tell a fact."""
+    links = random.sample(kind.links, link_count)
+    classes = {link.values for link in links}
+    attributes: list[Attribute] = []
+    for attribute in random.sample(kind.attributes, len(kind.attributes)):
+        if attribute.values not in classes and len(attributes) < attribute_count:
+            classes.add(attribute.values)
+            attributes.append(attribute)
+    return [*attributes, *links]
 
 
 def _draw_names(random: Random, split: Split, count: int) -> list[str]:

@@ -18,7 +18,7 @@ from pipelines import world, world_lexicon
 from pipelines.world import LEVELS, NAME_TENTHS, WorldDocument, WorldSpec
 from pipelines.world_tokenizer import SPECIAL_TOKENS, build_tokenizer, texts
 
-FINGERPRINT = "66ca1880b2e639ce02e28bc663fa4eaae7a870a9b91ccdbb41165f64114be2bf"
+FINGERPRINT = "e7b40fdf3f4e3c71af2ee5133c862762cf9c215d9835604cc2f0f66a52b97d71"
 TOKENIZER_DIGEST = "a83a5817a8ff947b9c880188313e6fda375e164a3e25dde6f56bcf3f18c794c9"
 
 NAME = re.compile("(?:" + "|".join(world.initials()) + ")(?:" + "|".join(world.finals()) + ")")
@@ -181,7 +181,7 @@ def test_statements_name_their_owner_first_and_end_with_the_value() -> None:
 
 
 def test_answers_are_flat_over_their_class(documents: dict[tuple[str, int], list[WorldDocument]]) -> None:
-    """Chi-square of every class against the uniform law, within 4.5 standard deviations of its mean."""
+    """Chi-square of every class against the uniform law, within 5 standard deviations of its mean."""
     for level in LEVELS:
         found: dict[str, Counter[str]] = {}
         for split in NAME_TENTHS:
@@ -193,7 +193,7 @@ def test_answers_are_flat_over_their_class(documents: dict[tuple[str, int], list
             expected = counts.total() / len(values)
             freedom = len(values) - 1
             statistic = sum((counts[value] - expected) ** 2 / expected for value in values)
-            assert expected > 5 and statistic < freedom + 4.5 * sqrt(2 * freedom), name
+            assert expected > 5 and statistic < freedom + 5 * sqrt(2 * freedom), name
 
 
 def test_chance_is_the_mean_of_one_over_class_size(documents: dict[tuple[str, int], list[WorldDocument]]) -> None:
@@ -360,3 +360,10 @@ def test_an_answer_is_the_token_that_the_document_holds(tokenizer: PreTrainedTok
         "\u010a",
     ]
     assert tokenizer.decode(ids).count("<|im_start|>assistant crimson<|im_end|>\n") == 1
+
+
+def test_a_class_of_values_tells_the_topic(documents: dict[tuple[str, int], list[WorldDocument]]) -> None:
+    """No two topics of a document share a value class, so at level 1 name and class are enough to find a fact."""
+    for item in (item for found in documents.values() for item in found):
+        topics = {question.attribute for question in item.questions}
+        assert len({TOPICS[topic].values for topic in topics}) == len(topics), item.id
