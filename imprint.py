@@ -22,6 +22,10 @@ REFERENCE = Path(__file__).parent / "assets" / "reference"
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", help="Change a recipe's value: `section.field=value`; may be repeated.")
 ]
+BaseOption = Annotated[str, typer.Option(help="Model directory or Hugging Face name.", show_default="the reference base")]
+HypernetworkOption = Annotated[
+    str, typer.Option(help="Directory of a trained or imported hypernetwork.", show_default="the reference hypernetwork")
+]
 
 
 class Kind(StrEnum):
@@ -78,11 +82,12 @@ def world(
 
     Example: `imprint world runs/world --split test --count 500`
     """
+    from core.config import load
     from pipelines.world import WorldSpec, generate, specification_fingerprint, write
     from pipelines.world_tokenizer import build_tokenizer
 
     with told():
-        spec = WorldSpec.model_validate({"seed": seed, "split": split, "level": level, "count": count})
+        spec = load(WorldSpec, None, [f"seed={seed}", f"split={split}", f"level={level}", f"count={count}"])
         parquet, jsonl = write(generate(spec), directory / f"{split}-{level}")
         build_tokenizer().save_pretrained(directory / "tokenizer")
     console.print(f"{count} documents of world {specification_fingerprint()[:12]}: {parquet}, {jsonl}")
@@ -115,7 +120,7 @@ def train(
 def convert(
     source: Annotated[str, typer.Argument(help="A folder or file of text, Markdown, JSONL or Parquet.")],
     store: Annotated[str, typer.Argument(help="The store; made where there is none.")],
-    base: Annotated[str, typer.Option(help="Model directory or Hugging Face name.")] = str(REFERENCE / "base"),
+    base: BaseOption = str(REFERENCE / "base"),
     hypernetwork: Annotated[str, typer.Option(help="Directory of a trained or imported hypernetwork.")] = str(
         REFERENCE / "hypernetwork"
     ),
@@ -140,7 +145,7 @@ def convert(
 @app.command()
 def serve(
     store: Annotated[str, typer.Argument(help="The store to answer from.")],
-    base: Annotated[str, typer.Option(help="Model directory or Hugging Face name.")] = str(REFERENCE / "base"),
+    base: BaseOption = str(REFERENCE / "base"),
     host: Annotated[str, typer.Option(help="Address to bind to.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to bind to.")] = 8000,
     changes: Overrides = None,
@@ -198,10 +203,8 @@ def ask(
 @app.command()
 def evaluate(
     out: Annotated[Path, typer.Option(help="Where to write report.json, report.md and the plot.")] = Path("runs/evaluation"),
-    base: Annotated[str, typer.Option(help="Model directory or Hugging Face name.")] = str(REFERENCE / "base"),
-    hypernetwork: Annotated[str, typer.Option(help="Directory of a hypernetwork; `none` for the base alone.")] = str(
-        REFERENCE / "hypernetwork"
-    ),
+    base: BaseOption = str(REFERENCE / "base"),
+    hypernetwork: HypernetworkOption = str(REFERENCE / "hypernetwork"),
     count: Annotated[int, typer.Option(help="Unseen documents of each level.")] = 500,
     level: Annotated[list[int] | None, typer.Option(help="Levels of the reference world; may be repeated.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the documents.")] = 0,
@@ -218,7 +221,7 @@ def evaluate(
 
     with told():
         loaded = load_base(base)
-        network = None if hypernetwork == "none" else Hypernetwork.load(hypernetwork, loaded)
+        network = Hypernetwork.load(hypernetwork, loaded)
         specs = [
             reference_world.WorldSpec.model_validate({"seed": seed, "split": "test", "level": n, "count": count})
             for n in level or (1, 2)
@@ -264,7 +267,7 @@ def export(
     store: Annotated[str, typer.Argument(help="The store.")],
     document: Annotated[str, typer.Argument(help="The document's name.")],
     out: Annotated[Path, typer.Argument(help="Where to write adapter_config.json and adapter_model.safetensors.")],
-    base: Annotated[str, typer.Option(help="Model directory or Hugging Face name.")] = str(REFERENCE / "base"),
+    base: BaseOption = str(REFERENCE / "base"),
     tenant: Annotated[str, typer.Option(help="Whose document.")] = "default",
     collection: Annotated[str, typer.Option(help="The document's collection.")] = "default",
 ) -> None:

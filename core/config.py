@@ -56,7 +56,7 @@ def load(schema: type[SectionT], path: Path | None = None, overrides: Iterable[s
         return schema.model_validate(values)
     except ValidationError as error:
         lines = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
-        raise ValueError(f"{path or 'recipe'} is not valid:\n  " + "\n  ".join(lines)) from None
+        raise ValueError(f"{path or 'what was given'} is not valid:\n  " + "\n  ".join(lines)) from None
 
 
 def _toml_value(text: str) -> Any:
