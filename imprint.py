@@ -121,9 +121,7 @@ def convert(
     source: Annotated[str, typer.Argument(help="A folder or file of text, Markdown, JSONL or Parquet.")],
     store: Annotated[str, typer.Argument(help="The store; made where there is none.")],
     base: BaseOption = str(REFERENCE / "base"),
-    hypernetwork: Annotated[str, typer.Option(help="Directory of a trained or imported hypernetwork.")] = str(
-        REFERENCE / "hypernetwork"
-    ),
+    hypernetwork: HypernetworkOption = str(REFERENCE / "hypernetwork"),
     recipe: Annotated[Path | None, typer.Option(help="TOML recipe.")] = None,
     changes: Overrides = None,
 ) -> None:

@@ -55,8 +55,12 @@ def load(schema: type[SectionT], path: Path | None = None, overrides: Iterable[s
     try:
         return schema.model_validate(values)
     except ValidationError as error:
-        lines = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
-        raise ValueError(f"{path or 'what was given'} is not valid:\n  " + "\n  ".join(lines)) from None
+        raise ValueError(f"{path or 'what was given'} is not valid:\n  " + "\n  ".join(faults(error))) from None
+
+
+def faults(error: ValidationError) -> list[str]:
+    """What pydantic found wrong, a line for each field: where it is, and what is accepted there."""
+    return [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
 
 
 def _toml_value(text: str) -> Any:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from core.adapter import SITES, AdapterSpec
 from core.base_model import BaseModel, hash_tensors
-from core.config import Section, digest
+from core.config import Section, digest, faults
 from core.foreign_formats import read_shine_release
 from core.lora import LoraWeights, attach, compose
 
@@ -260,8 +260,7 @@ def _settings(values: HypernetworkSettings | Mapping[str, Any]) -> HypernetworkS
     try:
         return HypernetworkSettings.model_validate(dict(values))
     except ValidationError as error:
-        lines = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
-        raise ValueError(f"hypernetwork settings are not valid: {'; '.join(lines)}") from None
+        raise ValueError(f"hypernetwork settings are not valid: {'; '.join(faults(error))}") from None
 
 
 def initial_meta_lora(spec: AdapterSpec, scale: float) -> Tensor:

@@ -37,7 +37,6 @@ from pipelines.progress import training_progress
 from pipelines.reference import REFERENCE
 from pipelines.train import train
 from pipelines.world import WorldDocument
-from pipelines.world_tokenizer import build_tokenizer
 
 RECIPE = Path(__file__).parent / "recipes" / "demo.toml"
 TRAINING_DOCUMENTS = 6000
@@ -87,7 +86,6 @@ def _train_live(directory: Path, console: Console, size: DemoSize) -> list[dict[
     corpus = directory / "corpus"
     world.write(world.generate(world.WorldSpec(count=TRAINING_DOCUMENTS)), corpus / "train-1")
     world.write(world.generate(world.WorldSpec(split="validation", count=20)), corpus / "validation-1")
-    build_tokenizer().save_pretrained(corpus / "tokenizer")
     paths = (
         f"base={REFERENCE / 'base'}",
         f'feed.corpus=["{corpus / "train-1"}"]',

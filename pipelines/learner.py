@@ -245,8 +245,7 @@ def train_loop(config: dict[str, Any]) -> None:
     for number in range(state["stage"], len(recipe.stages)):
         _run_stage(engine, learner, recipe, number, state, config.get("queue"))
         state.update(stage=number + 1, step=0, window=0, offset=0)
-    if not recipe.stages or state["global_step"] == sum(stage.steps for stage in recipe.stages):
-        _checkpoint(engine, learner, state, {})
+    _checkpoint(engine, learner, state, {})
 
 
 def _initialise(learner: Learner, recipe: Recipe) -> Any:
