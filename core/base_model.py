@@ -2,7 +2,7 @@
 
 `load_base` reads any Hugging Face decoder whose layers expose separate q, k, v, o, gate, up and down linears (Qwen3, Llama,
 Qwen2, ...). The model is never copied and its code never patched: hooks, installed once, let the adapters that are active in the
-current thread (`core.lora.attach`) change the outputs of the linears. Without one, logits are the model's own.
+current thread (`AdapterWeights.attach`) change the outputs of linears and attention heads. Without one, logits are its own.
 
 It does not know what an adapter computes; it only holds the stack of active ones and keeps it right when gradient checkpointing
 runs a layer again during backward.
@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,28 +30,38 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt
 NOT_IDENTITY = ("_name_or_path", "dtype", "torch_dtype", "transformers_version", "use_cache", "architectures")
 
 
-class Attachment(Protocol):
-    """What changes the outputs of linears while it is active."""
+class Attachment:
+    """What changes a layer while it is active; by itself, nothing."""
 
     def apply(self, layer: int, site: str, x_BTI: Tensor, y_BTO: Tensor) -> Tensor:
         """Returns the output of this linear, given its input and its own output."""
+        return y_BTO
+
+    def mix(self, layer: int, query: Tensor, heads_BTI: Tensor) -> Tensor:
+        """Returns the heads' outputs as o_proj shall see them, given those of attention and the queries before rotary embedding.
+
+        query: `[B, T, I]` or `[B, T, heads, head_dim]`, with all changes that linears underwent.
+        """
+        return heads_BTI
 
 
 class _Active(threading.local):
-    """The attachments of the current thread, outermost first, and where its layers' outputs are kept, if they are."""
+    """Of the current thread: attachments, outermost first; queries of the layer that runs; where gates and outputs are kept."""
 
     stack: tuple[Attachment, ...] = ()
+    query: Tensor | None = None
+    gates: dict[int, Tensor] | None = None
     outputs: list[Tensor] | None = None
     kept_positions: int = 0
 
     @contextmanager
     def only(self, stack: tuple[Attachment, ...]) -> Iterator[None]:
-        before = self.stack
-        self.stack = stack
+        before = self.stack, self.query
+        self.stack, self.query = stack, None
         try:
             yield
         finally:
-            self.stack = before
+            self.stack, self.query = before
 
 
 class _Reattaching:
@@ -105,6 +115,8 @@ class BaseModel:
                 self.linears[layer, site] = linear
                 self.linear_names[layer, site] = names[linear]
                 linear.register_forward_hook(partial(self._apply_attachments, layer, site))
+            self._query_module(layer).register_forward_hook(self._keep_query)
+            self.linears[layer, "o"].register_forward_pre_hook(partial(self._mix_heads, layer))
         if len(set(self.linears.values())) != len(self.linears):
             raise ValueError("this model shares linears between layers: adapters need one linear for each layer and site")
 
@@ -124,6 +136,22 @@ class BaseModel:
     def max_length(self) -> int:
         """Positions that the base was made for, in tokens."""
         return int(self.model.config.get_text_config().max_position_embeddings)
+
+    def linear_shape(self, layer: int, site: str) -> tuple[int, int]:
+        """Input and output features of a linear."""
+        linear = self.linears[layer, site]
+        return linear.in_features, linear.out_features
+
+    def attention_shape(self, layer: int) -> tuple[int, int]:
+        """Size and number of the query heads. Raises `ValueError` where queries and heads' outputs differ in width."""
+        width, outputs = self.linears[layer, "q"].out_features, self.linears[layer, "o"].in_features
+        heads = int(self.model.config.get_text_config().num_attention_heads)
+        if width != outputs or width % heads:
+            raise ValueError(
+                f"layer {layer} has {heads} heads, queries of {width} numbers and {outputs} numbers into its o_proj: a gated "
+                "memory needs a query and an output of one size for each head"
+            )
+        return width // heads, heads
 
     def spec(self, rank: int, sites: tuple[str, ...] = SITES, generated_bias: bool = False) -> AdapterSpec:
         """The table of a LoRA over `sites` of every layer; with `generated_bias`, linears that have a bias get a tensor C."""
@@ -207,6 +235,26 @@ class BaseModel:
         for attachment in self.active.stack:
             output = attachment.apply(layer, site, args[0], output)
         return output
+
+    def _query_module(self, layer: int) -> nn.Module:
+        """What gives the queries before rotary embedding: the attention's q_norm where it has one, else q_proj."""
+        attention = self.model.get_submodule(self.linear_names[layer, "q"].rpartition(".")[0])
+        norm = getattr(attention, "q_norm", None)
+        return norm if isinstance(norm, nn.Module) else self.linears[layer, "q"]
+
+    def _keep_query(self, module: nn.Module, args: Any, query: Tensor) -> None:
+        if self.active.stack:
+            self.active.query = query
+
+    def _mix_heads(self, layer: int, linear: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        query, self.active.query = self.active.query, None
+        if not self.active.stack:
+            return None
+        assert query is not None
+        heads_BTI = args[0]
+        for attachment in self.active.stack:
+            heads_BTI = attachment.mix(layer, query, heads_BTI)
+        return (heads_BTI, *args[1:])
 
     def _keep_output(self, layer: nn.Module, args: Any, output: Any) -> None:
         if self.active.outputs is not None:

@@ -20,9 +20,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from core.adapter import AdapterSpec, common_spec
+from core.adapter import AdapterSpec, AdapterWeights, common_spec
 from core.base_model import BaseModel
-from core.lora import LoraWeights, attach, check_fits
+from core.gated_memory import weights_of
+from core.lora import check_fits
 from core.slot_cache import SlotCache
 
 FinishReason = Literal["stop", "length", "error"]
@@ -54,7 +55,7 @@ class Request:
     request_id: str
     prompt_ids: Sequence[int]
     max_tokens: int
-    adapter: LoraWeights | None = None
+    adapter: AdapterWeights | None = None
     stop_ids: frozenset[int] = frozenset()
     sampling: Sampling = Sampling()
 
@@ -110,7 +111,7 @@ class _Inbox:
 class Engine:
     """Requests in by `submit`, tokens out by `step`.
 
-    base: with sdpa or eager attention. spec: the table of the adapters at the largest rank among them; None for the bare base.
+    base: with sdpa or eager attention. spec: the table of the adapters, all of one kind, at their largest rank; None for none.
     slots: rows that run at once; further requests wait their turn. max_length: prompt and new tokens of one request together, by
     default the base's own limit. prefill_tokens_per_step: the most prompt tokens, padding included, that a step reads while
     running rows wait for their next token; longer prompts are read in pieces.
@@ -141,7 +142,7 @@ class Engine:
         self._cache = SlotCache(len(base.layers), slots, self.max_length)
         self._arange = torch.arange(max(self.max_length, slots), device=base.device)
         self._flat_SN: Tensor | None = None
-        self._attached: LoraWeights | None = None
+        self._attached: AdapterWeights | None = None
         # Running rows lie in slots 0 to n - 1, without gaps. At most one further row, in slot n, has read a part of its prompt.
         self._rows: list[_Row] = []
         self._reading: _Row | None = None
@@ -220,7 +221,7 @@ class Engine:
         batch = self._next_to_read()
         return tokens + self._read(batch) if batch else tokens
 
-    def _prepared(self, name: str, adapter: LoraWeights | None) -> Tensor | None:
+    def _prepared(self, name: str, adapter: AdapterWeights | None) -> Tensor | None:
         """The vector `[N]` at the engine's rank and in the base's type, where the given one lies."""
         if adapter is None:
             return None
@@ -228,6 +229,11 @@ class Engine:
             raise ValueError(f"request {name!r} has an adapter: give the engine a spec, it runs the bare base only")
         if len(adapter) != 1:
             raise ValueError(f"request {name!r} has {len(adapter)} adapters: give one (compose makes one of many)")
+        if (adapter.spec.kind, adapter.spec.gate) != (self.spec.kind, self.spec.gate):
+            raise ValueError(
+                f"the adapter of request {name!r} is of kind {adapter.spec.kind_name}, this engine runs {self.spec.kind_name}: "
+                "give each kind an engine of its own"
+            )
         if adapter.spec.with_rank(self.spec.rank) != self.spec:
             raise ValueError(f"the adapter of request {name!r} was made for another base or other sites than this engine's")
         if adapter.spec.rank > self.spec.rank:
@@ -307,16 +313,23 @@ class Engine:
         inputs = {"input_ids": ids_BT, "position_ids": position_BT, "attention_mask": mask, "past_key_values": self._cache}
         if all(row.adapter_N is None for row in rows):
             return self.base.decoder(**inputs, use_cache=True).last_hidden_state
-        with attach(self.base, self._weights(first, len(rows))):
+        with self._weights(first, len(rows)).attach(self.base, self._index(rows)):
             return self.base.decoder(**inputs, use_cache=True).last_hidden_state
 
-    def _weights(self, first: int, count: int) -> LoraWeights:
+    def _index(self, rows: list[_Row]) -> Tensor | None:
+        """Names the rows without an adapter, where their vectors of zeros would not do."""
+        assert self.spec is not None
+        if self.spec.zeros_change_nothing or all(row.adapter_N is not None for row in rows):
+            return None
+        return torch.tensor([-1 if row.adapter_N is None else slot for slot, row in enumerate(rows)])
+
+    def _weights(self, first: int, count: int) -> AdapterWeights:
         """Views of the rows' vectors, cut once for as long as equally many rows run: cutting takes as long as a small step."""
         assert self.spec is not None and self._flat_SN is not None
         if first > 0:
-            return LoraWeights(self.spec, self._flat_SN[first : first + count])
+            return weights_of(self.spec, self._flat_SN[first : first + count])
         if self._attached is None or len(self._attached) != count:
-            self._attached = LoraWeights(self.spec, self._flat_SN[:count])
+            self._attached = weights_of(self.spec, self._flat_SN[:count])
         return self._attached
 
     def _choose(self, hidden_BH: Tensor, rows: list[_Row]) -> list[int]:

@@ -6,35 +6,22 @@ cost is two batched matrix products a linear, 2 T R (I + O) multiply-adds a row.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
+from contextlib import AbstractContextManager, contextmanager
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from core.adapter import AdapterSpec, common_spec
-from core.base_model import BaseModel
+from core.adapter import ATTENTION, AdapterSpec, AdapterWeights, common_spec
+from core.base_model import Attachment, BaseModel
+
+WeightsT = TypeVar("WeightsT", bound=AdapterWeights)
 
 
-@dataclass(frozen=True, eq=False)
-class LoraWeights:
-    """B adapters under one spec. `flat_BN` may carry gradient."""
+class LoraWeights(AdapterWeights):
+    """B LoRA adapters under one spec."""
 
-    spec: AdapterSpec
-    flat_BN: Tensor
-
-    def __post_init__(self) -> None:
-        if self.flat_BN.ndim != 2 or self.flat_BN.shape[1] != self.spec.numel:
-            raise ValueError(f"flat_BN has shape {tuple(self.flat_BN.shape)}: this spec wants [B, {self.spec.numel}]")
-
-    @cached_property
-    def tensors(self) -> dict[tuple[int, str, str], Tensor]:
-        """Views `[B, ...]` of every tensor, by (layer, site, tensor)."""
-        return self.spec.split(self.flat_BN)
-
-    def __len__(self) -> int:
-        return self.flat_BN.shape[0]
+    kind = "lora"
 
     def factors(self, layer: int, module: str) -> tuple[Tensor, Tensor]:
         """`(a_BIR, b_BRO)` of one linear; module is one of q, k, v, o, gate, up, down."""
@@ -43,37 +30,21 @@ class LoraWeights:
         except KeyError:
             raise ValueError(f"this adapter has no linear {module!r} in layer {layer}") from None
 
-    def select(self, index: Tensor | slice) -> "LoraWeights":
-        """The adapters at `index`, in that order."""
-        return LoraWeights(self.spec, self.flat_BN[index])
-
-    def detach(self) -> "LoraWeights":
-        return LoraWeights(self.spec, self.flat_BN.detach())
-
-    def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> "LoraWeights":
-        return LoraWeights(self.spec, self.flat_BN.to(device=device, dtype=dtype))
-
-    def padded(self, rank: int) -> "LoraWeights":
-        """The same adapters at a larger rank: zero columns of A, zero rows of B; exact."""
-        if rank < self.spec.rank:
-            raise ValueError(f"cannot pad rank {self.spec.rank} down to {rank}: use recompress, which reports its error")
-        if rank == self.spec.rank:
-            return self
-        extra = rank - self.spec.rank
-        pads = {"A": (0, extra), "B": (0, 0, 0, extra), "C": ()}
-        return _pack(
-            self.spec.with_rank(rank), {key: torch.nn.functional.pad(t, pads[key[2]]) for key, t in self.tensors.items()}
-        )
+    @contextmanager
+    def attach(self, base: BaseModel, index_B: Tensor | None = None) -> Iterator[None]:
+        """See `AdapterWeights.attach`. Deltas of nested contexts add up."""
+        with base.active.only((*base.active.stack, _LoraAttachment(self, Rows(base, self, index_B)))):
+            yield
 
 
 def _pack(spec: AdapterSpec, tensors: dict[tuple[int, str, str], Tensor]) -> LoraWeights:
-    return LoraWeights(spec, torch.cat([tensors[e.layer, e.site, e.tensor].flatten(1) for e in spec.table], dim=1))
+    return LoraWeights(spec, spec.join(tensors))
 
 
-def stack(parts: Sequence[LoraWeights]) -> LoraWeights:
-    """All adapters of `parts` as one batch, padded to their largest rank."""
+def stack(parts: Sequence[WeightsT]) -> WeightsT:
+    """All adapters of `parts`, of one kind, as one batch, padded to their largest rank."""
     spec = common_spec([part.spec for part in parts])
-    return LoraWeights(spec, torch.cat([part.padded(spec.rank).flat_BN for part in parts]))
+    return type(parts[0])(spec, torch.cat([part.padded(spec.rank).flat_BN for part in parts]))
 
 
 def compose(parts: Sequence[LoraWeights]) -> LoraWeights:
@@ -165,81 +136,90 @@ def gram(weights: LoraWeights) -> Tensor:
     return total_BB
 
 
-class _LoraAttachment:
+class Rows:
+    """Which adapter each row of a batch runs under: adapter `index_B[b]`, -1 for none, as `AdapterWeights.attach` says.
+
+    Raises `ValueError` for adapters of another base's shape or device, and for an index out of range.
+    """
+
+    def __init__(self, base: BaseModel, weights: AdapterWeights, index_B: Tensor | None) -> None:
+        check_fits(base, weights.spec)
+        if weights.flat_BN.device != base.device:
+            raise ValueError(
+                f"the adapters are on {weights.flat_BN.device}, the base on {base.device}: move them with weights.to(base.device)"
+            )
+        self._adapters = len(weights)
+        self._rows: int | None = None
+        self._index_B: Tensor | None = None
+        self._has_adapter_B: Tensor | None = None
+        self.all_bare = False
+        if index_B is None:
+            return
+        if index_B.ndim != 1 or index_B.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"index_B is {index_B.dtype} of shape {tuple(index_B.shape)}: give one integer for each row")
+        indices = index_B.tolist()
+        if any(not -1 <= index < len(weights) for index in indices):
+            raise ValueError(f"index_B holds {indices}: there are {len(weights)} adapters, count them from 0, -1 is none")
+        self._rows = len(indices)
+        self.all_bare = all(index < 0 for index in indices)
+        if min(indices, default=0) < 0:
+            self._has_adapter_B = (index_B >= 0).to(base.device)
+        in_place = len(indices) == len(weights) and all(index in (-1, row) for row, index in enumerate(indices))
+        self._index_B = None if in_place else index_B.clamp_min(0).to(base.device)
+
+    def check(self, rows: int) -> None:
+        """Raises `ValueError` where a batch of `rows` is not the one that was spoken of."""
+        if self._rows is not None and rows != self._rows:
+            raise ValueError(f"index_B names adapters for {self._rows} rows, the batch has {rows}: give one index for each")
+        if self._rows is None and self._adapters not in (1, rows):
+            raise ValueError(f"{self._adapters} adapters for {rows} rows: pass index_B, which names each row's adapter")
+
+    def pick(self, tensor: Tensor) -> Tensor:
+        """`[rows, ...]` of each adapter's tensor `[B, ...]`; `[...]` where one adapter serves all rows."""
+        if self._rows is None:
+            return tensor[0] if self._adapters == 1 else tensor
+        return tensor if self._index_B is None else tensor.index_select(0, self._index_B)
+
+    def bare(self, changed: Tensor, otherwise: Tensor | float) -> Tensor:
+        """`changed` `[rows, ...]`, and `otherwise` in the rows without an adapter."""
+        if self._has_adapter_B is None:
+            return changed
+        return torch.where(self._has_adapter_B.view(-1, *[1] * (changed.ndim - 1)), changed, otherwise)
+
+
+class _LoraAttachment(Attachment):
     """Applies B adapters to the rows of a batch."""
 
-    def __init__(self, weights: LoraWeights, index_B: Tensor | None) -> None:
-        self._tensors = weights.tensors
-        self._count = len(weights)
-        self._index_B: Tensor | None = None
-        self._has_adapter_B11: Tensor | None = None
-        if index_B is not None:
-            missing = index_B < 0
-            self._index_B = index_B.clamp_min(0)
-            if missing.all():
-                self._tensors = {}
-            elif missing.any():
-                self._has_adapter_B11 = ~missing[:, None, None]
+    def __init__(self, weights: LoraWeights, rows: Rows) -> None:
+        self._tensors = {} if rows.all_bare else weights.tensors
+        self._rows = rows
 
     def apply(self, layer: int, site: str, x_BTI: Tensor, y_BTO: Tensor) -> Tensor:
-        if self._index_B is not None and len(self._index_B) != len(x_BTI):
-            raise ValueError(
-                f"index_B names adapters for {len(self._index_B)} rows, the batch has {len(x_BTI)}: give one index for each"
-            )
+        self._rows.check(len(x_BTI))
         a_BIR = self._tensors.get((layer, site, "A"))
         if a_BIR is None:
             return y_BTO
-        b_BRO = self._tensors[layer, site, "B"]
-        c_BO = self._tensors.get((layer, site, "C"))
-        if self._index_B is not None:
-            a_BIR, b_BRO = a_BIR.index_select(0, self._index_B), b_BRO.index_select(0, self._index_B)
-            c_BO = None if c_BO is None else c_BO.index_select(0, self._index_B)
-        elif self._count == 1:
-            a_BIR, b_BRO = a_BIR[0], b_BRO[0]
-        elif self._count != x_BTI.shape[0]:
-            raise ValueError(f"{self._count} adapters for {x_BTI.shape[0]} rows: pass index_B, which names each row's adapter")
+        a_BIR, b_BRO = self._rows.pick(a_BIR), self._rows.pick(self._tensors[layer, site, "B"])
         delta_BTO = (x_BTI @ a_BIR.to(x_BTI.dtype)) @ b_BRO.to(x_BTI.dtype)
+        c_BO = self._tensors.get((layer, site, "C"))
         if c_BO is not None:
-            delta_BTO = delta_BTO + c_BO[:, None].to(delta_BTO.dtype)
-        if self._has_adapter_B11 is not None:
-            delta_BTO = torch.where(self._has_adapter_B11, delta_BTO, 0.0)
-        return y_BTO + delta_BTO
+            delta_BTO = delta_BTO + self._rows.pick(c_BO).unsqueeze(-2).to(delta_BTO.dtype)
+        return y_BTO + self._rows.bare(delta_BTO, 0.0)
 
 
 def check_fits(base: BaseModel, spec: AdapterSpec) -> None:
-    """Raises `ValueError` where an adapter of `spec` was made for a base of another shape."""
+    """Raises `ValueError` where an adapter of `spec`, of either kind, was made for a base of another shape."""
     if len(spec.layers) != len(base.layers):
         raise ValueError(f"this adapter was made for another base: it has {len(spec.layers)} layers, the base {len(base.layers)}")
     for layer, sites in enumerate(spec.layers):
         for site, in_features, out_features, _ in sites:
-            linear = base.linears[layer, site]
-            if (linear.in_features, linear.out_features) != (in_features, out_features):
+            shape = base.attention_shape(layer) if site == ATTENTION else base.linear_shape(layer, site)
+            if shape != (in_features, out_features):
                 raise ValueError(
                     f"this adapter was made for another base: layer {layer} {site} is not {in_features} -> {out_features} here"
                 )
 
 
-@contextmanager
-def attach(base: BaseModel, weights: LoraWeights, index_B: Tensor | None = None) -> Iterator[None]:
-    """Inside, `base` runs under `weights`: row b under adapter `index_B[b]`, -1 for none.
-
-    Without `index_B`, row b runs under adapter b, or all rows under the only adapter. Contexts may be nested: deltas add up.
-    Backward may run after the context has been left, with gradient checkpointing too. Holds for the current thread only. Raises
-    `ValueError` for adapters of another base's shape or device, for an index out of range, and in the base's forward for a wrong
-    number of rows.
-    """
-    check_fits(base, weights.spec)
-    if weights.flat_BN.device != base.device:
-        raise ValueError(
-            f"the adapters are on {weights.flat_BN.device}, the base on {base.device}: move them with weights.to(base.device)"
-        )
-    if index_B is not None:
-        if index_B.ndim != 1 or index_B.dtype not in (torch.int32, torch.int64):
-            raise ValueError(f"index_B is {index_B.dtype} of shape {tuple(index_B.shape)}: give one integer for each row")
-        if len(index_B) and not -1 <= int(index_B.min()) <= int(index_B.max()) < len(weights):
-            raise ValueError(
-                f"index_B holds {index_B.tolist()}: there are {len(weights)} adapters, count them from 0, -1 is none"
-            )
-        index_B = index_B.to(base.device)
-    with base.active.only((*base.active.stack, _LoraAttachment(weights, index_B))):
-        yield
+def attach(base: BaseModel, weights: AdapterWeights, index_B: Tensor | None = None) -> AbstractContextManager[None]:
+    """Inside, `base` runs under `weights`, of either kind, as `AdapterWeights.attach` promises."""
+    return weights.attach(base, index_B)

@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GraniteConfig, LlamaConfig, PretrainedConfig, Qwen3Config
 
+from core.adapter import AdapterWeights
 from core.base_model import BaseModel
 from core.engine import Completion, Engine, Request, Sampling, generate
+from core.gated_memory import GatedMemory, memory_spec
 from core.lora import LoraWeights, attach
 from core.slot_cache import FIRST_CAPACITY
 from tests.models import SHAPE, tiny_base
@@ -28,11 +30,16 @@ def adapters(base: BaseModel, count: int, rank: int = 4, scale: float = 0.3, gen
     return [LoraWeights(spec, torch.randn(1, spec.numel, generator=generator).to(base.dtype) * scale) for _ in range(count)]
 
 
+def random_memory(base: BaseModel, seed: int, gate: Any = "shifted", width: int | None = None) -> GatedMemory:
+    spec = memory_spec(base, width, gate)
+    return GatedMemory(spec, torch.randn(1, spec.numel, generator=torch.Generator().manual_seed(seed)) * 0.5)
+
+
 def prompt(length: int, seed: int = 0) -> list[int]:
     return random.Random(seed).choices(range(SHAPE["vocab_size"]), k=length)
 
 
-def full_logits(base: BaseModel, ids: list[int], adapter: LoraWeights | None) -> Tensor:
+def full_logits(base: BaseModel, ids: list[int], adapter: AdapterWeights | None) -> Tensor:
     """Logits of every position in one pass without a cache."""
     with torch.no_grad():
         if adapter is None:
@@ -116,6 +123,41 @@ def test_lower_ranks_are_padded() -> None:
     completions = generate(base, requests)
     assert [completions[r.request_id].token_ids for r in requests] == [greedy_loop(base, r) for r in requests]
     assert completions["low"] != completions["high"]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("gate", ["shifted", "released"])
+@pytest.mark.parametrize("architecture", ["qwen3", "llama", "qwen2"])
+def test_rows_under_different_memories_give_what_full_forwards_give(architecture: str, gate: Any, attention: str) -> None:
+    """Rows come and go over 4 slots, some without a memory, one under a narrower one."""
+    base = tiny_base(architecture, attention=attention)
+    memories = [random_memory(base, seed, gate) for seed in range(6)]
+    memories[1] = random_memory(base, 1, gate, width=3)
+    requests = [Request(f"r{i}", prompt(5 + 7 * i % 40, i), 4 + i, memories[i % 6] if i % 4 else None) for i in range(10)]
+    engine = Engine(base, memories[0].spec, slots=4, max_length=80, prefill_tokens_per_step=30)
+    for request in requests:
+        engine.submit(request)
+    tokens = run(engine)
+    assert all(tokens[request.request_id] == greedy_loop(base, request) for request in requests)
+    assert sum(tokens[r.request_id] != greedy_loop(base, Request("", r.prompt_ids, r.max_tokens)) for r in requests) >= 5
+
+
+def test_an_engine_runs_adapters_of_one_kind() -> None:
+    base = tiny_base()
+    lora, memory, other = adapters(base, 1)[0], random_memory(base, 0), random_memory(base, 0, "released")
+    engine = Engine(base, memory.spec)
+    with pytest.raises(
+        ValueError, match=r"of kind lora, this engine runs gated_memory \(shifted gate\): give each kind an engine"
+    ):
+        engine.submit(Request("r", [1], 4, lora))
+    with pytest.raises(ValueError, match=r"of kind gated_memory \(released gate\), this engine runs gated_memory \(shifted"):
+        engine.submit(Request("r", [1], 4, other))
+    with pytest.raises(ValueError, match=r"of kind gated_memory \(shifted gate\), this engine runs lora"):
+        Engine(base, lora.spec).submit(Request("r", [1], 4, memory))
+    with pytest.raises(ValueError, match="cannot share a batch"):
+        generate(base, [Request("a", [1], 4, lora), Request("b", [1], 4, memory)])
+    with pytest.raises(ValueError, match="another base"):
+        Engine(tiny_base("llama"), memory.spec)
 
 
 def test_sampled_tokens_depend_on_the_seed_only() -> None:
