@@ -20,6 +20,7 @@ from core.adapter import AdapterSpec
 from core.codec import Encoding, encode
 from core.config import Section
 from core.documents import NORMALISER, Document, Window, windows
+from core.examples import plan_batches
 from core.hypernetwork import Hypernetwork
 from core.lora import LoraWeights, compose, recompress
 from core.manifest import NewAdapter, Producer, adapter_id
@@ -214,23 +215,6 @@ class HypernetworkWriter:
             vector=vector,
             tokens=window.end - window.start,
         )
-
-
-def plan_batches(lengths: Sequence[int], max_rows: int, max_padded_tokens: int) -> list[list[int]]:
-    """Every index once, grouped so that a batch padded to its longest has at most these rows and tokens; longest first.
-
-    A length that exceeds `max_padded_tokens` alone gets a batch of its own. Neighbours in length share a batch: little padding.
-    """
-    if max_rows < 1 or max_padded_tokens < 1:
-        raise ValueError(f"max_rows is {max_rows} and max_padded_tokens {max_padded_tokens}: give 1 or more")
-    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
-    batches = []
-    start = 0
-    while start < len(order):
-        rows = min(max_rows, max(1, max_padded_tokens // max(lengths[order[start]], 1)))
-        batches.append(order[start : start + rows])
-        start += rows
-    return batches
 
 
 def delta_norms(weights: LoraWeights) -> Tensor:

@@ -1,14 +1,14 @@
 """Documents: names, normal form, content hash, and windows over their tokens.
 
 In: strings from a parser or a caller. Out: a `Document`, whose text is in normal form and whose content hash follows from title
-and text alone, and `Window`s. Knows nothing of tokenizers (windows count tokens, whoever made them), files or the store. Cost:
-one pass over the text, about 10 ms a megabyte.
+and text alone, and `Window`s: `windows` to read a document in parts, `segments` to train on it. Knows nothing of
+tokenizers (windows count tokens, whoever made them), files or the store. Cost: one pass over the text, about 10 ms a megabyte.
 """
 
 import hashlib
 import unicodedata
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 NORMALISER = "nfc-1"
 """Name of `normalise`'s rules. It bears identity: whoever changes a rule changes the name, and adapters are made anew."""
@@ -122,4 +122,27 @@ def windows(length: int, limit: int, overlap: int = 0) -> list[Window]:
         end = start + size + (index < longer)
         covers.append(Window(start, end))
         start = end - overlap
+    return covers
+
+
+SegmentRule = Literal["exact", "released"]
+
+
+def segments(length: int, size: int, stride: int, rule: SegmentRule = "exact") -> list[Window]:
+    """Windows of `size` tokens, one every `stride`, that cover a document of `length` tokens (LIFT v1, section 3).
+
+    exact: the first that reaches the last token is the last, so each brings tokens that none before it had, and none is shorter
+    than `size - stride` but for a document that is. released: the public code's loop, which goes on to start one at every stride
+    below `length`; its last ones are suffixes of those before, down to one token. An empty document has none. Raises
+    `ValueError` unless `1 <= stride <= size` and `length >= 0`.
+    """
+    if length < 0:
+        raise ValueError(f"length is {length}: give 0 or more tokens")
+    if not 1 <= stride <= size:
+        raise ValueError(f"size is {size} and stride {stride}: the stride must be 1 or more and no larger than the size")
+    covers: list[Window] = []
+    for start in range(0, length, stride):
+        if rule == "exact" and covers and covers[-1].end == length:
+            break
+        covers.append(Window(start, min(start + size, length)))
     return covers

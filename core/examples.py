@@ -245,3 +245,20 @@ def packing(lengths: Sequence[int], max_length: int, open_bins: int = 100, overh
         bins[place].append(text)
         room[place] -= cost
     return groups + [group for group in bins if group]
+
+
+def plan_batches(lengths: Sequence[int], max_rows: int, max_padded_tokens: int) -> list[list[int]]:
+    """Every index once, grouped so that a batch padded to its longest has at most these rows and tokens; longest first.
+
+    A length that exceeds `max_padded_tokens` alone gets a batch of its own. Neighbours in length share a batch: little padding.
+    """
+    if max_rows < 1 or max_padded_tokens < 1:
+        raise ValueError(f"max_rows is {max_rows} and max_padded_tokens {max_padded_tokens}: give 1 or more")
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    batches = []
+    start = 0
+    while start < len(order):
+        rows = min(max_rows, max(1, max_padded_tokens // max(lengths[order[start]], 1)))
+        batches.append(order[start : start + rows])
+        start += rows
+    return batches

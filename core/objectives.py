@@ -2,7 +2,7 @@
 
 Losses are sums over supervised targets, so that whoever trains can divide by the targets of the whole global batch: short
 conversations then weigh what they are, on any number of ranks (spec of SHINE, 4.4). The head runs on supervised positions
-only, in fp32. Knows nothing of optimisers, ranks or data.
+only; losses are fp32, fp64 where the base is. Knows nothing of optimisers, ranks or data.
 """
 
 from contextlib import nullcontext
@@ -32,12 +32,16 @@ def row_losses(base: BaseModel, batch: Batch, weights: LoraWeights | None, index
     hidden_TH, targets_T = hidden_BTH[:, :-1][supervised], batch.labels_BT[:, 1:][supervised]
     losses_T = torch.cat(
         [
-            torch.nn.functional.cross_entropy(base.head(hidden).float(), targets, reduction="none")
+            torch.nn.functional.cross_entropy(_precise(base.head(hidden)), targets, reduction="none")
             for hidden, targets in zip(hidden_TH.split(HEAD_ROWS), targets_T.split(HEAD_ROWS), strict=True)
         ]
     )
     rows_T = supervised.nonzero()[:, 0]
     return losses_T.new_zeros(len(batch.ids_BT)).index_add(0, rows_T, losses_T)
+
+
+def _precise(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def language_loss(base: BaseModel, batch: Batch) -> Tensor:

@@ -1,11 +1,13 @@
+import json
 import unicodedata
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.documents import MAX_BYTES, Document, Window, clean_name, content_hash, normalise, windows
+from core.documents import MAX_BYTES, Document, Window, clean_name, content_hash, normalise, segments, windows
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]))
 
@@ -104,3 +106,34 @@ def test_windows_leave_no_small_tail() -> None:
 def test_impossible_windows_are_refused(length: int, limit: int, overlap: int) -> None:
     with pytest.raises(ValueError, match=r"is -1|limit is"):
         windows(length, limit, overlap)
+
+
+def test_released_segments_are_the_public_codes() -> None:
+    cases = json.loads((Path(__file__).parent / "golden/segments/lift_segments.json").read_text())["cases"]
+    assert len(cases) == 13
+    for case in cases:
+        size, stride = case["len_segment"] * case["block_size"], case["len_offset"] * case["block_size"]
+        covers = segments(case["length"], size, stride, "released")
+        assert [list(segment) for segment in covers] == case["segments"]
+        assert (len(covers), sum(end - start for start, end in covers)) == (case["count"], case["trained_tokens"])
+
+
+@given(st.integers(0, 5000), st.integers(1, 300), st.data())
+def test_exact_segments_end_at_the_last_token_and_each_brings_something_new(length: int, size: int, data: st.DataObject) -> None:
+    stride = data.draw(st.integers(1, size))
+    covers = segments(length, size, stride)
+    released = segments(length, size, stride, "released")
+    assert covers == released[: len(covers)]
+    if length == 0:
+        assert covers == []
+        return
+    assert (covers[0].start, covers[-1].end) == (0, length)
+    assert all(after.start == before.start + stride <= before.end < after.end for before, after in pairwise(covers))
+    assert all(end - start == size for start, end in covers[:-1])
+    assert covers[-1].end - covers[-1].start > size - stride or len(covers) == 1
+
+
+@pytest.mark.parametrize(("length", "size", "stride"), [(-1, 4, 2), (4, 4, 0), (4, 4, 5), (4, 0, 0)])
+def test_impossible_segments_are_refused(length: int, size: int, stride: int) -> None:
+    with pytest.raises(ValueError, match=r"length is -1|size is"):
+        segments(length, size, stride)
