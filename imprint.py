@@ -2,9 +2,10 @@
 
 import logging
 import os
+import signal
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -44,30 +45,43 @@ def told() -> Iterator[None]:
 
 
 @contextmanager
-def quiet_ray() -> Iterator[None]:
-    """The environment of any Ray that a command starts; each process computes with one thread."""
+def ray_session(told_of_retries: bool = True, **own: Any) -> Iterator[None]:
+    """Connects to the cluster that RAY_ADDRESS names, or runs a local Ray for the command; one that runs already is kept.
+
+    told_of_retries: whether Ray says what it tries again, as it does whenever Ray Serve stops. own: of a local Ray, beside or
+    instead of what stands here. Ray's progress goes unsaid, as commands show their own; its warnings and errors do not.
+    """
+    # Of a local Ray: processes compute with one thread, and beside other work at no lower priority.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    yield
+    if not told_of_retries:
+        os.environ.setdefault("RAY_enable_output_error_log_if_still_retry", "0")
+    import ray
+
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
+    logging.getLogger("ray.data._internal.execution.streaming_executor").setLevel(logging.WARNING)
+    if ray.is_initialized():
+        yield
+        return
+    address = os.environ.get("RAY_ADDRESS", "local")
+    own = {"num_cpus": max(os.cpu_count() or 1, 4), "object_store_memory": 2**29} | own
+    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **(own if address == "local" else {}))
+    try:
+        yield
+    finally:
+        ray.shutdown()
 
 
 @contextmanager
-def ray_session() -> Iterator[None]:
-    """Connects to the cluster that RAY_ADDRESS names, or runs a local Ray for the command; one that runs already is kept."""
-    with quiet_ray():
-        import ray
-
-        if ray.is_initialized():
+def interruptible() -> Iterator[None]:
+    """Inside, SIGTERM is SIGINT; either leaves the context, and nothing is raised beyond it. `ray.init` would undo it."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with suppress(KeyboardInterrupt):
             yield
-            return
-        address = os.environ.get("RAY_ADDRESS", "local")
-        own: dict[str, Any] = {"num_cpus": max(os.cpu_count() or 1, 4), "object_store_memory": 2**29}
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **(own if address == "local" else {}))
-        try:
-            yield
-        finally:
-            ray.shutdown()
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @app.command()
@@ -105,8 +119,8 @@ def train(
     Example: `imprint train hypernetwork --run runs/mine --set run.workers=2`
     """
     from core.config import load
-    from pipelines.learner import RECIPES
     from pipelines.progress import training_progress
+    from pipelines.recipe import RECIPES
     from pipelines.train import train as run_training
 
     with told(), ray_session():
@@ -153,14 +167,17 @@ def serve(
     Example: `imprint serve runs/store --port 8000`
     """
     from core.config import load
+    from serve.app import checked
     from serve.app import run as run_server
     from serve.settings import ServeSettings
 
-    with told(), quiet_ray():
+    with told():
         places = [f"base={base}", f"store={store}", f'run.host="{host}"', f"run.port={port}"]
-        settings = load(ServeSettings, None, [*places, *(changes or ())])
-        console.print(f"serving http://{host}:{port}/v1, Ctrl-C to stop", highlight=False)
-        run_server(settings, blocking=True)
+        settings = checked(load(ServeSettings, None, [*places, *(changes or ())]))
+        console.print("starting, which takes about 20 s")
+        with ray_session(told_of_retries=False, include_dashboard=False), interruptible(), run_server(settings) as server:
+            console.print(f"serving {server.url}/v1, Ctrl-C to stop", highlight=False)
+            server.wait()
 
 
 @app.command()
@@ -212,19 +229,18 @@ def evaluate(
     Example: `imprint evaluate --count 100 --level 1 --out runs/evaluation`
     """
     from core.base_model import load_base
+    from core.config import load
     from core.hypernetwork import Hypernetwork
-    from pipelines import world as reference_world
     from pipelines.evaluate import evaluate as run_evaluation
     from pipelines.evaluation_report import markdown, write_report
+    from pipelines.world import WorldSpec, generate
 
     with told():
+        values = f"seed={seed}", "split=test", f"count={count}"
+        specs = [load(WorldSpec, None, [*values, f"level={n}"]) for n in level or (1, 2)]
         loaded = load_base(base)
         network = Hypernetwork.load(hypernetwork, loaded)
-        specs = [
-            reference_world.WorldSpec.model_validate({"seed": seed, "split": "test", "level": n, "count": count})
-            for n in level or (1, 2)
-        ]
-        report = run_evaluation(loaded, network, [document for spec in specs for document in reference_world.generate(spec)])
+        report = run_evaluation(loaded, network, [document for spec in specs for document in generate(spec)])
         write_report(report, out)
     console.print(markdown(report), highlight=False, markup=False, soft_wrap=True)
     console.print(f"written: {out}")
@@ -310,7 +326,7 @@ def demo(
         with run_server(ServeSettings(base=str(base), store=str(store), run=ServeRun(port=free_port()))) as running:
             yield running.url
 
-    with told(), ray_session():
+    with told(), ray_session(told_of_retries=False):
         run_demo(out.resolve(), server, console, seed)
 
 

@@ -10,38 +10,33 @@ Run from the root: `python -m benchmarks.conversion`; about 8 minutes on 2 cores
 """
 
 import argparse
-import json
 import os
-import platform
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from itertools import islice
-from logging import ERROR
 from pathlib import Path
 from typing import Any
 
-os.environ.update(HF_HUB_OFFLINE="1", RAY_USAGE_STATS_ENABLED="0", RAY_worker_niceness="0", TOKENIZERS_PARALLELISM="false")
+os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
-import ray
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 from transformers.utils import logging
 
+from benchmarks.record import RESULTS, write_result
 from core.adapter_writing import HypernetworkWriter, Written
 from core.base_model import load_base
 from core.documents import Document
 from core.hypernetwork import Hypernetwork, HypernetworkSettings
 from core.manifest import NewAdapter
 from core.store import Store
+from imprint import ray_session
 from pipelines import sources, world
 from pipelines.convert import ConvertRecipe, ConvertRun, convert, open_writer, prepare
 from pipelines.world_tokenizer import build_tokenizer
 
-RESULT = Path(__file__).parent / "results" / "conversion.json"
 SHAPE: dict[str, Any] = {
     "hidden_size": 128,
     "intermediate_size": 384,
@@ -95,11 +90,6 @@ def _rows(corpus: Path) -> Iterator[Any]:
             yield table.slice(place, 1)
 
 
-def hardware() -> str:
-    lines = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return f"{lines[0].partition(': ')[2] if lines else platform.processor()}, {os.cpu_count()} cores"
-
-
 def spread(values: list[float]) -> dict[str, Any]:
     return {"median": round(statistics.median(values), 2), "of_each_round": [round(value, 2) for value in values]}
 
@@ -112,7 +102,7 @@ def main() -> None:
     parser.add_argument("--actors", type=int, default=2)
     parser.add_argument("--batch-rows", type=int, default=16)
     parser.add_argument("--buffer-documents", type=int, default=128)
-    parser.add_argument("--output", type=Path, default=RESULT)
+    parser.add_argument("--output", type=Path, default=RESULTS, help="a folder")
     options = parser.parse_args()
     logging.disable_progress_bar()
 
@@ -121,8 +111,7 @@ def main() -> None:
     )
     rates: dict[str, list[float]] = {"conversion": [], "plain": [], "plain_commits_grouped": []}
     load_start = os.getloadavg()[0]
-    ray.init(address="local", num_cpus=options.actors + 2, log_to_driver=False, logging_level=ERROR, include_dashboard=False)
-    with tempfile.TemporaryDirectory() as name:
+    with ray_session(num_cpus=options.actors + 2, include_dashboard=False), tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         corpus, recipe = build(folder, options.documents, run)
         writer = open_writer(recipe)
@@ -140,7 +129,6 @@ def main() -> None:
                 raise SystemExit(f"not every document was converted: {dict(summary.documents)}")
             rates["conversion"].append(summary.documents_per_s)
             print(f"round {number + 1}: " + ", ".join(f"{way} {values[-1]:,.1f}/s" for way, values in rates.items()), flush=True)
-    ray.shutdown()
 
     def ratios(way: str) -> list[float]:
         return [ours / plain for ours, plain in zip(rates["conversion"], rates[way], strict=True)]
@@ -152,14 +140,8 @@ def main() -> None:
         "settings": {key: value for key, value in vars(options).items() if key != "output"},
         "model": {"architecture": "qwen3", **SHAPE, "hypernetwork": HYPERNETWORK.model_dump(mode="json")},
         "load_at_start": round(load_start, 1),
-        "hardware": hardware(),
-        "torch": torch.__version__,
-        "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip(),
-        "date": datetime.now(UTC).date().isoformat(),
     }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result, indent=2))
+    print(write_result("conversion", result, folder=options.output).read_text())
 
 
 if __name__ == "__main__":

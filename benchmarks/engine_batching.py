@@ -5,24 +5,20 @@ The tokens must be equal. Run from the root: `python -m benchmarks.engine_batchi
 """
 
 import argparse
-import json
-import platform
 import random
 import statistics
-import subprocess
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
+from benchmarks.record import RESULTS, write_result
 from core.base_model import BaseModel
 from core.engine import Engine, Request
 from core.lora import LoraWeights
 
-RESULT = Path(__file__).parent / "results" / "engine_batching.json"
 SHAPE: dict[str, Any] = {
     "vocab_size": 4096,
     "hidden_size": 192,
@@ -66,13 +62,6 @@ def run(engine: Engine, groups: list[list[Request]]) -> tuple[float, dict[str, l
     return sum(map(len, tokens.values())) / (time.perf_counter() - start), tokens
 
 
-def hardware(device: str) -> str:
-    if device != "cpu":
-        return torch.cuda.get_device_name(device)
-    lines = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return f"{lines[0].partition(': ')[2] if lines else platform.processor()}, {torch.get_num_threads()} thread(s)"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=16)
@@ -82,7 +71,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--output", type=Path, default=RESULT)
+    parser.add_argument("--output", type=Path, default=RESULTS, help="a folder")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
 
@@ -98,7 +87,6 @@ def main() -> None:
             raise SystemExit("concurrent requests gave other tokens than single ones")
         rates.append((concurrent, one_by_one))
 
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     result = {
         "tokens_per_s_concurrent": round(statistics.median(rate[0] for rate in rates), 1),
         "tokens_per_s_one_by_one": round(statistics.median(rate[1] for rate in rates), 1),
@@ -107,14 +95,8 @@ def main() -> None:
         "tokens_equal": True,
         "settings": {key: value for key, value in vars(options).items() if key != "output"},
         "model": {"architecture": "qwen3", **SHAPE},
-        "hardware": hardware(options.device),
-        "torch": torch.__version__,
-        "commit": commit,
-        "date": datetime.now(UTC).date().isoformat(),
     }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result, indent=2))
+    print(write_result("engine_batching", result, options.device, options.output).read_text())
 
 
 if __name__ == "__main__":

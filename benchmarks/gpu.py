@@ -2,23 +2,20 @@
 
 Run from the root: `python -m benchmarks.gpu --shape 0.6b` (1.7b, 8b). Needs PyTorch, transformers, pydantic and safetensors
 only. Prints and writes benchmarks/results/gpu_SHAPE.json. MFU counts matrix products (2 a weight and token, attention left
-out) against --peak-tflops.
+out) against --peak-tflops. `--device cpu --shape tiny` shows on any machine that it runs.
 """
 
 import argparse
-import json
-import platform
 import statistics
-import subprocess
 import time
-from collections.abc import Callable
-from datetime import UTC, datetime
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
+from benchmarks.record import RESULTS, write_result
 from core.base_model import BaseModel
 from core.engine import Request, generate
 from core.examples import Batch
@@ -26,19 +23,20 @@ from core.hypernetwork import Hypernetwork, HypernetworkSettings
 from core.lora import LoraWeights
 from core.objectives import hypernetwork_loss
 
+COMMON: dict[str, Any] = {"vocab_size": 151936, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 40960}
+TINY: dict[str, Any] = {"vocab_size": 1024, "num_key_value_heads": 1, "head_dim": 16, "num_attention_heads": 2}
 SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": {"hidden_size": 128, "intermediate_size": 64, "num_hidden_layers": 2, **TINY},
     "0.6b": {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16},
     "1.7b": {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16},
     "8b": {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32},
 }
-COMMON: dict[str, Any] = {"vocab_size": 151936, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 40960}
-DOCUMENT_TOKENS = 1024
 ROWS = (1, 8, 64)
 
 
 def build(shape: str, device: str) -> Hypernetwork:
     """A random base in bf16 and its hypernetwork in SHINE's sizes (H / 128 heads, feed-forward 2 H, rank 8, Meta LoRA 128)."""
-    config = Qwen3Config(**SHAPES[shape], **COMMON, tie_word_embeddings=shape != "8b")
+    config = Qwen3Config(**COMMON | SHAPES[shape], tie_word_embeddings=shape != "8b")
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     hidden = config.hidden_size
@@ -46,54 +44,58 @@ def build(shape: str, device: str) -> Hypernetwork:
     return Hypernetwork(BaseModel(model), settings)
 
 
-def median_s(run: Callable[[], object], rounds: int) -> dict[str, float]:
+def median_s(run: Callable[[], object], rounds: int, device: torch.device) -> dict[str, float]:
     """Seconds of a call, after two warm-ups, the device waited for."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     seconds = []
     for number in range(rounds + 2):
-        torch.cuda.synchronize()
+        wait()
         started = time.perf_counter()
         run()
-        torch.cuda.synchronize()
+        wait()
         if number >= 2:
             seconds.append(time.perf_counter() - started)
     return {"median_s": statistics.median(seconds), "least_s": min(seconds), "most_s": max(seconds)}
 
 
-def generation(hypernetwork: Hypernetwork, rows: int, rounds: int, peak_tflops: float) -> dict[str, float]:
-    """Adapters of `rows` documents of `DOCUMENT_TOKENS` tokens at once."""
-    ids = torch.randint(0, 1000, (rows, DOCUMENT_TOKENS), device=hypernetwork.base.device)
+def generation(hypernetwork: Hypernetwork, rows: int, tokens: int, rounds: int, peak_tflops: float) -> dict[str, float]:
+    """Adapters of `rows` documents of `tokens` tokens at once."""
+    device = hypernetwork.base.device
+    ids = torch.randint(0, 1000, (rows, tokens), device=device)
     mask = torch.ones_like(ids)
 
     def run() -> None:
-        with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16):
+        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16):
             hypernetwork.generate(ids, mask)
 
-    timing = median_s(run, rounds)
+    timing = median_s(run, rounds, device)
     base_weights = sum(linear.weight.numel() for linear in hypernetwork.base.linears.values())
     meta = hypernetwork.meta_spec.numel
     memory = len(hypernetwork.memory_MH)
     m2p = sum(p.numel() for p in hypernetwork.m2p.transformer_layers.parameters())
-    operations = 2 * rows * ((DOCUMENT_TOKENS + memory) * (base_weights + meta) + memory * len(hypernetwork.base.layers) * m2p)
+    operations = 2 * rows * ((tokens + memory) * (base_weights + meta) + memory * len(hypernetwork.base.layers) * m2p)
     seconds = timing["median_s"]
     return timing | {"documents_per_s": rows / seconds, "mfu": operations / seconds / (peak_tflops * 1e12)}
 
 
-def training(hypernetwork: Hypernetwork, rows: int, rounds: int) -> dict[str, float]:
-    """Forward and backward of reconstruction, layers recomputed."""
-    ids = torch.randint(0, 1000, (rows, DOCUMENT_TOKENS), device=hypernetwork.base.device)
+def training(hypernetwork: Hypernetwork, rows: int, tokens: int, rounds: int) -> dict[str, float]:
+    """Forward and backward of reconstruction, layers recomputed; peak memory on a GPU only."""
+    device = hypernetwork.base.device
+    ids = torch.randint(0, 1000, (rows, tokens), device=device)
     mask = torch.ones_like(ids)
     batch = Batch(ids, mask, ids, mask, ids, torch.arange(rows, device=ids.device))
 
     def run() -> None:
         hypernetwork.zero_grad()
-        with torch.autocast("cuda", torch.bfloat16), hypernetwork.base.checkpointing():
+        with torch.autocast(device.type, torch.bfloat16), hypernetwork.base.checkpointing():
             loss = hypernetwork_loss(hypernetwork, batch) / batch.tokens
         loss.backward()
 
-    torch.cuda.reset_peak_memory_stats()
-    timing = median_s(run, rounds)
-    seconds = timing["median_s"]
-    return timing | {"documents_per_s": rows / seconds, "peak_gib": torch.cuda.max_memory_allocated() / 2**30}
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    timing = median_s(run, rounds, device)
+    timing["documents_per_s"] = rows / timing["median_s"]
+    return timing | ({"peak_gib": torch.cuda.max_memory_allocated() / 2**30} if device.type == "cuda" else {})
 
 
 def answering(hypernetwork: Hypernetwork, rows: int, adapters: int, new_tokens: int) -> dict[str, float]:
@@ -108,36 +110,31 @@ def answering(hypernetwork: Hypernetwork, rows: int, adapters: int, new_tokens: 
         requests = [Request(str(row), prompts[row], new_tokens, chosen[row]) for row in range(rows)]
         generate(base, requests, slots=rows, prefill_tokens_per_step=8192)
 
-    timing = median_s(run, 3)
+    timing = median_s(run, 3, base.device)
     return timing | {"tokens_per_s": rows * new_tokens / timing["median_s"]}
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="0.6b")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--document-tokens", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--peak-tflops", type=float, default=989.0, help="dense bf16; the datasheet's figure for an H200")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
-    options = parser.parse_args()
-    hypernetwork = build(options.shape, "cuda")
-    result: dict[str, Any] = {"shape": options.shape, "document_tokens": DOCUMENT_TOKENS}
-    result["generation"] = {rows: generation(hypernetwork, rows, options.rounds, options.peak_tflops) for rows in (1, 8, 16)}
-    result["training"] = {rows: training(hypernetwork, rows, options.rounds) for rows in (1, 4)}
+    parser.add_argument("--output", type=Path, default=RESULTS, help="a folder")
+    options = parser.parse_args(arguments)
+    tokens, rounds = options.document_tokens, options.rounds
+    hypernetwork = build(options.shape, options.device)
+    result: dict[str, Any] = {"shape": options.shape, "document_tokens": tokens}
+    result["generation"] = {rows: generation(hypernetwork, rows, tokens, rounds, options.peak_tflops) for rows in (1, 8, 16)}
+    result["training"] = {rows: training(hypernetwork, rows, tokens, rounds) for rows in (1, 4)}
     result["answering"] = {
         f"{rows}_rows_{adapters}_adapters": answering(hypernetwork, rows, adapters, options.new_tokens)
         for rows in ROWS
         for adapters in sorted({0, 1, rows})
     }
-    result |= {
-        "hardware": torch.cuda.get_device_name(),
-        "host": platform.processor() or platform.machine(),
-        "torch": torch.__version__,
-        "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip(),
-        "date": datetime.now(UTC).date().isoformat(),
-    }
-    (options.output / f"gpu_{options.shape}.json").write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result, indent=2))
+    print(write_result(f"gpu_{options.shape}", result, options.device, options.output).read_text())
 
 
 if __name__ == "__main__":

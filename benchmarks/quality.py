@@ -5,23 +5,17 @@ and figure to assets/reference/evaluation.
 """
 
 import argparse
-import json
 import os
-import platform
-import subprocess
-from datetime import UTC, datetime
-from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from benchmarks.record import write_result
 from core.base_model import load_base
 from core.hypernetwork import Hypernetwork
 from pipelines.evaluate import evaluate
 from pipelines.evaluation_report import markdown, to_json, write_report
 from pipelines.reference import REFERENCE
 from pipelines.world import WorldSpec, generate
-
-RESULT = Path(__file__).parent / "results" / "quality.json"
 
 
 def main() -> None:
@@ -34,10 +28,7 @@ def main() -> None:
     specs = [WorldSpec(seed=arguments.seed, split="test", level=level, count=arguments.documents) for level in (1, 2)]
     report = evaluate(base, hypernetwork, [document for spec in specs for document in generate(spec)])
     values = to_json(report)
-    values["hardware"] = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
-    values["commit"] = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-    values["date"] = datetime.now(UTC).date().isoformat()
-    RESULT.write_text(json.dumps(values, indent=2) + "\n")
+    write_result("quality", values)
     write_report(report, REFERENCE / "evaluation")
     (REFERENCE / "evaluation" / "answers.jsonl").unlink()
     print(markdown(report))

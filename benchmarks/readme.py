@@ -3,11 +3,10 @@
 import json
 import re
 import sys
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
-RESULTS = Path(__file__).parent / "results"
+from benchmarks.record import RESULTS, ROOT
+
 BLOCK = re.compile(r"(<!-- numbers: .*? -->\n).*?(<!-- end of numbers -->)", re.DOTALL)
 
 

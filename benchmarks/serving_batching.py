@@ -8,14 +8,9 @@ about two minutes on two cores.
 
 import argparse
 import asyncio
-import json
-import os
-import socket
 import statistics
-import subprocess
 import tempfile
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +18,7 @@ import httpx
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
-from benchmarks.engine_batching import hardware
+from benchmarks.record import RESULTS, write_result
 from core.base_model import BaseModel, load_base
 from core.documents import Document, Window
 from core.engine import Request, generate
@@ -31,11 +26,11 @@ from core.lora import LoraWeights
 from core.manifest import NewAdapter, Producer
 from core.prompts import clean_answer, prompt
 from core.store import Store
+from imprint import free_port, ray_session
 from pipelines.world_tokenizer import build_tokenizer
 from serve.app import run
 from serve.settings import ServeRun, ServeSettings
 
-RESULT = Path(__file__).parent / "results" / "serving_batching.json"
 SHAPE = {
     "hidden_size": 128,
     "intermediate_size": 384,
@@ -128,12 +123,6 @@ async def measure(url: str, rows: int, tokens: int, runs: int) -> tuple[list[tup
     return rates, texts
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def summary(values: list[float]) -> dict[str, float]:
     return {"median": round(statistics.median(values), 2), "least": round(min(values), 2), "most": round(max(values), 2)}
 
@@ -144,7 +133,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=48)
     parser.add_argument("--runs", type=int, default=7)
     parser.add_argument("--base", help="a base's directory, instead of random weights")
-    parser.add_argument("--output", type=Path, default=RESULT)
+    parser.add_argument("--output", type=Path, default=RESULTS, help="a folder")
     options = parser.parse_args()
 
     with tempfile.TemporaryDirectory() as folder:
@@ -155,12 +144,11 @@ def main() -> None:
         weights = fill_store(base, store, options.rows)
         expected = offline_answers(base, weights, options.new_tokens)
         settings = ServeSettings(base=where, store=str(store), max_rank=RANK, run=ServeRun(port=free_port(), slots=options.rows))
-        with run(settings) as server:
+        with ray_session(told_of_retries=False, include_dashboard=False), run(settings) as server:
             rates, texts = asyncio.run(measure(server.url, options.rows, options.new_tokens, options.runs))
     if any(answers != expected for answers in texts):
         raise SystemExit("the server gave other answers than offline generation")
 
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     result = {
         "tokens_per_s_concurrent": summary([concurrent for concurrent, _ in rates]),
         "tokens_per_s_one_by_one": summary([one_by_one for _, one_by_one in rates]),
@@ -168,14 +156,8 @@ def main() -> None:
         "answers_equal_to_offline": True,
         "settings": {"rows": options.rows, "new_tokens": options.new_tokens, "runs": options.runs, "rank": RANK},
         "model": options.base or {"architecture": "qwen3", **SHAPE},
-        "hardware": f"{hardware('cpu')}, {os.cpu_count()} cores",
-        "torch": torch.__version__,
-        "commit": commit,
-        "date": datetime.now(UTC).date().isoformat(),
     }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result, indent=2))
+    print(write_result("serving_batching", result, folder=options.output).read_text())
 
 
 if __name__ == "__main__":

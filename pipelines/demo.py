@@ -31,9 +31,9 @@ from pipelines import world
 from pipelines.convert import ConvertRecipe, Summary, convert
 from pipelines.evaluate import Report, evaluate
 from pipelines.evaluation_report import write_report
-from pipelines.learner import HypernetworkRecipe
 from pipelines.plots import training_curves
 from pipelines.progress import training_progress
+from pipelines.recipe import HypernetworkRecipe
 from pipelines.reference import REFERENCE
 from pipelines.train import train
 from pipelines.world import WorldDocument

@@ -40,7 +40,7 @@ from core.examples import (
 )
 from core.prompts import Instructions, Limits, Turn, encode, render
 
-Task = Literal["pretraining", "questions", "copying", "in_context", "recitation", "question_only", "plain_text"]
+Task = Literal["pretraining", "questions", "copying", "in_context", "keywords", "recitation", "question_only", "plain_text"]
 COLUMNS = pa.schema(
     [
         ("context_ids", pa.list_(pa.int32())),
@@ -58,8 +58,10 @@ class Feed(Section):
     corpus: files or folders of Parquet, any fsspec URL. tasks of a stage: `pretraining` (SHINE's reconstruction and
     completion, texts packed into groups of `pack_tokens`, 0 for one text a group) and `questions` (all questions of a
     document, at most `max_questions`, as one conversation) train a hypernetwork; the others a base: `in_context` (document
-    shown, then questions), `recitation`, `question_only`, `plain_text` and `copying` (random tokens twice, which teaches to
-    look back before there is anything to say).
+    shown, then questions), `keywords` (plain text, then what is left of each question when words are dropped, and its answer:
+    teaches to look things up outside the chat template and from a word alone, as memory tokens must), `recitation`,
+    `question_only`, `plain_text` and `copying` (random tokens twice, which teaches to look back before there is anything to
+    say).
     """
 
     corpus: tuple[str, ...]
@@ -243,6 +245,19 @@ def _in_context(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], feed: F
     return in_context_example(tokenizer, row["text"], _questions(row, feed, rng), feed.limits)
 
 
+def _keywords(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], feed: Feed, rng: random.Random) -> Example:
+    ids = encode(tokenizer, row["text"])[: feed.limits.context_tokens]
+    labels = [IGNORED] * len(ids)
+    for question, answer in _questions(row, feed, rng):
+        words, dropped_share = question.rstrip(".?").split(), rng.random()
+        kept = [word for word in words if rng.random() > dropped_share] or [rng.choice(words)]
+        asked = encode(tokenizer, rng.choice((" ", "\n")) + " ".join(kept))
+        answered = encode(tokenizer, f" {answer}")
+        ids += [*asked, *answered]
+        labels += [*[IGNORED] * len(asked), *answered]
+    return Example((), tuple(ids), tuple(labels))
+
+
 def _recitation(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], feed: Feed, rng: random.Random) -> Example:
     return in_context_example(tokenizer, row["text"], [QuestionAnswer(feed.instructions.reconstruct, row["text"])], feed.limits)
 
@@ -272,6 +287,7 @@ _MAKERS: dict[str, Callable[[PreTrainedTokenizerBase, dict[str, Any], Feed, rand
     "questions": _ask,
     "copying": _copying,
     "in_context": _in_context,
+    "keywords": _keywords,
     "recitation": _recitation,
     "question_only": _question_only,
     "plain_text": _plain_text,

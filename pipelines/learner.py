@@ -11,131 +11,33 @@ position in the data).
 
 import importlib
 import json
-import math
 import os
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray.train
 import torch
 import torch.distributed as dist
-from pydantic import Field
 from ray.util.queue import Queue
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from core.base_model import BaseModel, load_base
-from core.config import RunSection, Section
 from core.examples import Batch, collate
-from core.hypernetwork import Hypernetwork, HypernetworkSettings
+from core.hypernetwork import Hypernetwork
 from core.objectives import hypernetwork_loss, language_loss
 from pipelines.evaluate import validation_accuracy
-from pipelines.feed import Feed, Position, Task, to_examples
+from pipelines.feed import Position, to_examples
+from pipelines.recipe import BaseRecipe, HypernetworkRecipe, Recipe, read_recipe
 
-Positive = Annotated[int, Field(ge=1)]
 SKIPPED_STEPS_AT_MOST = 20
-
-
-class Stage(Section):
-    """A stretch of steps over one mixture of tasks (weights need not sum to 1), with its own learning-rate schedule."""
-
-    name: str
-    tasks: dict[Task, Annotated[float, Field(gt=0)]]
-    steps: Positive
-    learning_rate: Annotated[float, Field(gt=0)]
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    decay: Literal["constant", "linear", "cosine"] = "linear"
-
-    def rate(self, step: int) -> float:
-        """Learning rate of a step of this stage, counted from 0: linear warm-up, then decay to zero at the last step."""
-        if step < self.warmup_steps:
-            return self.learning_rate * (step + 1) / self.warmup_steps
-        share = (step - self.warmup_steps) / max(self.steps - self.warmup_steps, 1)
-        factor = {"constant": 1.0, "linear": 1 - share, "cosine": (1 + math.cos(math.pi * share)) / 2}[self.decay]
-        return self.learning_rate * factor
-
-
-class Optimiser(Section):
-    """AdamW; `global_batch` counts examples of a step over all ranks (a packed group is one)."""
-
-    global_batch: Positive = 32
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    clip_norm: Annotated[float, Field(gt=0)] = 1.0
-
-
-class Validation(RunSection):
-    """Exact match on documents that training does not see, every so many steps."""
-
-    corpus: str | None = None
-    documents: Positive = 32
-    every_steps: Positive = 200
-
-
-class Run(RunSection):
-    """Where and how fast; `micro_batch` examples go through the model at a time (None: a rank's whole share of the step)."""
-
-    workers: Positive = 1
-    device: Literal["cpu", "cuda"] = "cpu"
-    precision: Literal["fp32", "bf16"] = "fp32"
-    threads: Positive | None = None
-    micro_batch: Positive | None = None
-    gradient_checkpointing: bool = False
-    pad_to_multiple: Positive = 1
-    log_every_steps: Positive = 10
-    checkpoint_every_steps: Positive = 200
-    keep_checkpoints: Positive = 2
-    max_failures: Annotated[int, Field(ge=-1)] = 2
-    validation: Validation = Validation()
-
-
-class Architecture(Section):
-    """A Qwen3 decoder to be trained from nothing."""
-
-    hidden_size: Positive = 128
-    num_layers: Positive = 4
-    num_heads: Positive = 4
-    num_key_value_heads: Positive = 2
-    head_dim: Positive = 32
-    feed_forward: Positive = 384
-    max_length: Positive = 1024
-    rope_theta: Annotated[float, Field(gt=0)] = 10_000.0
-
-
-class BaseRecipe(Section):
-    """Trains a base from nothing. tokenizer: a directory or a name."""
-
-    tokenizer: str
-    architecture: Architecture = Architecture()
-    feed: Feed
-    optimiser: Optimiser = Optimiser(betas=(0.9, 0.98))
-    stages: tuple[Stage, ...]
-    seed: int = 0
-    run: Run = Run()
-
-
-class HypernetworkRecipe(Section):
-    """Trains a hypernetwork for a frozen base. start_from: a saved hypernetwork to go on from (of the recipe's shape)."""
-
-    base: str
-    hypernetwork: HypernetworkSettings = HypernetworkSettings()
-    start_from: str | None = None
-    feed: Feed
-    optimiser: Optimiser = Optimiser()
-    stages: tuple[Stage, ...]
-    seed: int = 0
-    run: Run = Run()
-
-
-Recipe = BaseRecipe | HypernetworkRecipe
-RECIPES: dict[str, type[BaseRecipe] | type[HypernetworkRecipe]] = {"base": BaseRecipe, "hypernetwork": HypernetworkRecipe}
 
 
 class BaseLearner(nn.Module):
@@ -216,11 +118,6 @@ class HypernetworkLearner(nn.Module):
 
 
 Learner = BaseLearner | HypernetworkLearner
-
-
-def read_recipe(kind: str, values: dict[str, Any]) -> Recipe:
-    """The recipe that `model_dump` turned into JSON values; kind: base or hypernetwork."""
-    return RECIPES[kind].model_validate(values)
 
 
 def train_loop(config: dict[str, Any]) -> None:

@@ -24,7 +24,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from core.config import fingerprint, write_resolved
 from pipelines.feed import Position, dataset, plan, row_groups
-from pipelines.learner import BaseRecipe, Recipe, train_loop
+from pipelines.learner import train_loop
+from pipelines.recipe import BaseRecipe, Recipe
 
 Observer = Callable[[dict[str, Any]], None]
 CHECKPOINTS = "checkpoints"

@@ -1,16 +1,13 @@
 """The application on Ray Serve: the only place beside the router that knows it.
 
-`run` starts Ray where none runs, deploys one application and gives a `Server` to stop; `deployment` is for `serve run` and
-KubeRay. A replica whose engine failed reports itself unhealthy and is replaced. Cost of a start: 20 to 30 s, most of it Ray's.
+`run` deploys one application on the Ray that the process is connected to and gives a `Server` to stop; `deployment` is for
+`serve run` and KubeRay. A replica whose engine failed reports itself unhealthy and is replaced. Cost of a start: about 10 s.
 """
 
-import contextlib
 import logging
 import os
-import signal
 import socket
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +25,6 @@ from serve.settings import ServeSettings
 
 APPLICATION = "imprint"
 _SPARE_CALLS = 64
-_OBJECT_STORE_BYTES = 256 * 2**20
 
 
 def load_service(settings: ServeSettings) -> Service:
@@ -67,17 +63,18 @@ def deployment(settings: ServeSettings) -> rs.Application:
 
 
 class Server:
-    """A running server. Leaving its context, or `stop`, ends it, and Ray where `run` started it."""
+    """A running server. Leaving its context, or `stop`, ends it; Ray is left running."""
 
-    def __init__(self, url: str, owns_ray: bool) -> None:
+    def __init__(self, url: str) -> None:
         self.url = url
-        self._owns_ray = owns_ray
+
+    def wait(self) -> None:
+        """Returns never: a signal's exception ends it, in the main thread."""
+        threading.Event().wait()
 
     def stop(self) -> None:
         if ray.is_initialized():
             rs.shutdown()
-            if self._owns_ray:
-                ray.shutdown()
 
     def __enter__(self) -> "Server":
         return self
@@ -86,37 +83,26 @@ class Server:
         self.stop()
 
 
-def run(settings: ServeSettings, blocking: bool = False) -> Server:
-    """Starts the server and returns when it takes requests; with `blocking`, which wants the main thread, after SIGINT or
-    SIGTERM have stopped it.
+def run(settings: ServeSettings) -> Server:
+    """Starts the server on an initialised Ray and returns when it takes requests.
 
-    Uses the Ray that the process is connected to, or the cluster that RAY_ADDRESS names, or starts one of its own. Raises
-    `ValueError` where base or store cannot be used; this is checked here, before a process is started.
+    Raises `ValueError` where base or store cannot be used; this is checked before a process is started.
     """
-    settings = _checked(settings)
-    owns_ray = not ray.is_initialized()
-    if owns_ray:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        address = os.environ.get("RAY_ADDRESS", "local")
-        own: dict[str, Any] = {"object_store_memory": _OBJECT_STORE_BYTES, "include_dashboard": False}
-        ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, **(own if address == "local" else {}))
-    server = Server(f"http://{settings.run.host}:{settings.run.port}", owns_ray)
+    settings = checked(settings)
+    assert ray.is_initialized(), "Ray is the caller's to start"
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    server = Server(f"http://{settings.run.host}:{settings.run.port}")
     try:
-        with _interruptible() if blocking else contextlib.nullcontext():
-            rs.start(http_options={"host": settings.run.host, "port": settings.run.port})
-            rs.run(deployment(settings), name=APPLICATION, route_prefix="/")
-            if blocking:
-                threading.Event().wait()
+        rs.start(http_options={"host": settings.run.host, "port": settings.run.port})
+        rs.run(deployment(settings), name=APPLICATION, route_prefix="/")
     except BaseException:
         server.stop()
         raise
-    if blocking:
-        server.stop()
     return server
 
 
-def _checked(settings: ServeSettings) -> ServeSettings:
-    """With places that hold in every process. What can be seen without loading the base is refused here, in clear words."""
+def checked(settings: ServeSettings) -> ServeSettings:
+    """With places that hold in every process. What can be seen without Ray and without loading the base is refused here."""
     base = str(Path(settings.base).resolve()) if Path(settings.base).exists() else settings.base
     settings = settings.model_copy(update={"store": Store.open(settings.store).url, "base": base})
     try:
@@ -130,14 +116,3 @@ def _checked(settings: ServeSettings) -> ServeSettings:
             place = f"{settings.run.host}:{settings.run.port}"
             raise ValueError(f"{place} cannot be listened at ({error.strerror}): give another run.port or run.host") from None
     return settings
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """Inside, SIGTERM is SIGINT; either leaves the context, and nothing is raised beyond it. For the main thread."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        with contextlib.suppress(KeyboardInterrupt):
-            yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -106,7 +106,10 @@ class Residency:
         if spec.with_rank(self._spec.rank) != self._spec:
             raise AdapterUnusable(f"{name} was made for another base or other sites than those served: convert again")
         if spec.rank > self._spec.rank:
-            raise AdapterUnusable(f"{name} has rank {spec.rank}: start the server with max_rank={spec.rank} or more")
+            raise AdapterUnusable(
+                f"{name} has rank {spec.rank}, and this server was started for rank {self._spec.rank}: start it again with "
+                f"max_rank={spec.rank} or more, or without max_rank, which takes the largest of the store"
+            )
         weights = LoraWeights(spec, self._store.get_vector(row).to(self._dtype)[None])
         if not weights.flat_BN.isfinite().all():
             raise AdapterUnusable(f"{name} is not finite in {self._dtype}: serve the base in a wider type")

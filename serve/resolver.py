@@ -16,7 +16,7 @@ Knows nothing of tensors and HTTP. Cost: dictionary reads; `refresh_forever` ask
 import asyncio
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 from urllib.parse import quote, unquote
@@ -24,7 +24,7 @@ from urllib.parse import quote, unquote
 from pydantic import JsonValue
 
 from core.documents import nfc
-from core.index import continue_after
+from core.index import MAX_PAGE, continue_after
 from core.manifest import AdapterRow, DocumentRow, Producer, StoreError
 from core.store import Store
 from serve.schema import Source
@@ -125,6 +125,16 @@ class Resolver:
         fitting = self._fitting()
         models += [self._of_document(row, fitting) for row in page.rows]
         return Listing(models[:limit], page.next_token is not None or len(models) > limit)
+
+    def answering(self) -> Iterator[AdapterRow]:
+        """The adapters that answer now, document by document. One pass over the tenant's rows in memory, 10 us a document."""
+        fitting, page = self._fitting(), self._store.list_documents(self._tenant, limit=MAX_PAGE)
+        while True:
+            resolutions = (self._of_document(row, fitting) for row in page.rows)
+            yield from (resolution.adapter for resolution in resolutions if resolution.adapter is not None)
+            if page.next_token is None:
+                return
+            page = self._store.list_documents(self._tenant, page_token=page.next_token, limit=MAX_PAGE)
 
     def text(self, document: DocumentRow) -> str:
         """The stored text, checked; reads the storage. Errors as of `Store.get_text`."""

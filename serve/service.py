@@ -29,6 +29,7 @@ from serve.text import AnswerText
 log = logging.getLogger(__name__)
 
 RETRY_AFTER_S = 1
+RANK_OF_AN_EMPTY_STORE = 8
 
 
 class Piece(NamedTuple):
@@ -64,7 +65,6 @@ class Service:
         if base.tokenizer is None:
             raise ValueError("the base has no tokenizer: save one beside its weights")
         run = settings.run
-        spec = base.spec(settings.max_rank)
         self._tokenizer = base.tokenizer
         self._stop_ids = stop_ids(base.tokenizer)
         self._run = run
@@ -72,6 +72,7 @@ class Service:
         self.resolver = Resolver(
             store, settings.tenant, settings.collection, settings.served_name, base.fingerprint, settings.producer
         )
+        spec = base.spec(settings.max_rank or _largest_rank(base, store, self.resolver))
         self.residency = Residency(store, spec, base.dtype, run.adapter_memory_bytes, run.parallel_loads)
         self.engine = AsyncEngine(
             Engine(base, spec, run.slots, run.max_length, run.prefill_tokens_per_step), max_queued=run.max_queued_requests
@@ -144,6 +145,13 @@ class Service:
             frozenset() if body.ignore_eos else self._stop_ids,
             Sampling(body.temperature, body.top_p, body.seed),
         )
+
+
+def _largest_rank(base: BaseModel, store: Store, resolver: Resolver) -> int:
+    """Of the adapters that answer now and fit the base."""
+    specs = [store.spec(fingerprint) for fingerprint in {row.spec_fingerprint for row in resolver.answering()}]
+    served = base.spec(1)
+    return max((spec.rank for spec in specs if spec.with_rank(1) == served), default=RANK_OF_AN_EMPTY_STORE)
 
 
 async def _pieces(tokens: AsyncIterator[Token], text: AnswerText) -> AsyncIterator[Piece]:

@@ -38,7 +38,8 @@ class ServeSettings(Section):
     """What is served. base: a directory or a Hugging Face name; store: a path or URL.
 
     collection: the one whose documents are `served_name:document`. producer: fingerprint of the only producer whose adapters may
-    answer, by default the one that wrote last for this base. max_rank: of the adapters; all take as much memory as this rank.
+    answer, by default the one that wrote last for this base. max_rank: of the adapters, by default the largest that the store has
+    for this base when the server starts (8 where it has none yet); all take as much memory as this rank.
     """
 
     base: str
@@ -48,5 +49,5 @@ class ServeSettings(Section):
     served_name: str = Field(default="base", min_length=1)
     dtype: Literal["float32", "bfloat16"] = "float32"
     producer: str | None = None
-    max_rank: PositiveInt = 8
+    max_rank: PositiveInt | None = None
     run: ServeRun = ServeRun()

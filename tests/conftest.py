@@ -7,6 +7,8 @@ stopped running proves nothing.
 """
 
 import gc
+import importlib
+import logging
 import os
 import warnings
 from collections.abc import Generator, Iterator
@@ -61,6 +63,25 @@ def ray_local() -> Iterator[Any]:
         start()
     yield ray
     ray.shutdown()
+
+
+@pytest.fixture
+def said_by_ray(ray_local: Any) -> Iterator[list[str]]:
+    """What Ray Data and Ray Serve tell a person who runs them in this process, line by line."""
+    importlib.import_module("ray.data")  # which empties its logger's handlers
+
+    class Kept(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(f"{record.levelname} {record.getMessage()}")
+
+    lines: list[str] = []
+    kept = Kept(logging.INFO)
+    loggers = [logging.getLogger(name) for name in ("ray.data", "ray.serve")]
+    for logger in loggers:
+        logger.addHandler(kept)
+    yield lines
+    for logger in loggers:
+        logger.removeHandler(kept)
 
 
 def pytest_configure(config: pytest.Config) -> None:

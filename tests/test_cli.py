@@ -49,6 +49,8 @@ def test_errors_say_what_to_do(tmp_path, ray_local):
     assert "imprint serve" in fail("ask", "Who?", "--url", "http://127.0.0.1:9")
     assert "no recipe at" in fail("train", "base", "--run", str(tmp_path / "run"), "--recipe", str(tmp_path / "none.toml"))
     assert "optimiser.global_batch" in fail("train", "base", "--run", str(tmp_path / "run"), "--set", "optimiser.global_batch=-1")
+    assert "count: Input should be greater than 0" in fail("evaluate", "--count", "0", "--out", str(tmp_path / "evaluation"))
+    assert "level: Input should be 1 or 2" in fail("evaluate", "--level", "3", "--out", str(tmp_path / "evaluation"))
     assert "config.json" in fail("import-shine", str(tmp_path), str(tmp_path / "out"), "--base", str(tmp_path))
 
 
@@ -86,8 +88,8 @@ def test_readme_names_commands_and_options_that_exist():
         assert all(argument in shown for argument in arguments if argument.startswith("--")), (command, arguments)
 
 
-def test_readme_path_from_world_to_peft(ray_local, tmp_path, monkeypatch):
-    """The README's world, convert and export, as they stand there, on fewer documents."""
+def test_readme_path_from_world_to_peft(said_by_ray, tmp_path, monkeypatch):
+    """The README's world, convert and export, as they stand there, on fewer documents, and Ray says nothing of its own."""
     monkeypatch.chdir(tmp_path)
     ran = []
     for _, command, *arguments in readme_commands():
@@ -98,6 +100,7 @@ def test_readme_path_from_world_to_peft(ray_local, tmp_path, monkeypatch):
         ran.append(command)
         run(command, *arguments)
     assert ran == ["world", "convert", "export"]
+    assert said_by_ray == []
     rows = [json.loads(line) for line in Path("runs/world/test-1/documents.jsonl").read_text().splitlines()]
     base = load_base(imprint.REFERENCE / "base")
     document = torch.tensor([base.tokenizer.encode(rows[0]["text"])])

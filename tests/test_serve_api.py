@@ -1,5 +1,6 @@
 import asyncio
 import json
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from urllib.parse import quote
 
 import httpx
 import pytest
+import torch
 
 from core.lora import LoraWeights
 from core.store import Store
@@ -272,6 +274,43 @@ def test_adapters_that_must_not_answer(tmp_path: Path) -> None:
         assert await chat(client, "base") == offline(world, "Who is it?", None)
 
     with_client(world, test)
+
+
+def test_the_rank_follows_the_store_at_the_start(tmp_path: Path) -> None:
+    """Rank 4 then, from the only adapter that fits; a larger one that comes later waits for the next start."""
+    world = make_world(tmp_path, ["first"])
+    base, spec8 = world.base, world.base.spec(8)
+    large = LoraWeights(spec8, world.weights.padded(8).flat_BN)
+    odd = base.spec(16, sites=("q",))
+    strangers = {
+        "foreign": (large, producer_for(base).model_copy(update={"config": {"base": "another"}})),
+        "sites": (LoraWeights(odd, torch.ones(1, odd.numel)), producer_for(base)),
+    }
+    for name, (weights, producer) in strangers.items():
+        document = make_document(name, f"Text of {name}.")
+        world.store.put([document], [new_adapter(document, weights, producer)])
+    settings = world.settings(refresh_s=0.05).model_copy(update={"max_rank": None})
+    service = Service(base, Store.open(tmp_path), settings)
+    assert service.residency.adapter_bytes == base.spec(4).numel * base.dtype.itemsize
+
+    async def grow() -> None:
+        transport = httpx.ASGITransport(create_app(service))
+        async with service.running(), httpx.AsyncClient(transport=transport, base_url="http://test", timeout=60) as client:
+            assert await chat(client, "base:first") == offline(world, "Who is it?", 0)
+            document = make_document("grown", "Text of a larger one.")
+            world.store.put([document], [new_adapter(document, large, producer_for(base))])
+            deadline = time.monotonic() + 10
+            while (response := await client.post("/v1/chat/completions", json=ask("base:grown"))).status_code == 404:
+                assert time.monotonic() < deadline
+                await asyncio.sleep(0.02)
+            message = response.json()["error"]["message"]
+            assert response.status_code == 500 and "rank 8" in message and "start it again" in message
+
+    asyncio.run(grow())
+    again = Service(base, Store.open(tmp_path), settings)
+    assert again.residency.adapter_bytes == spec8.numel * base.dtype.itemsize
+    empty = Store.open(tmp_path / "empty", create=True)
+    assert Service(base, empty, settings).residency.adapter_bytes == spec8.numel * base.dtype.itemsize
 
 
 def test_a_full_queue_says_when_to_come_again(world: World) -> None:

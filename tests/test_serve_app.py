@@ -30,7 +30,7 @@ def settings_for(world: World, folder: Path) -> ServeSettings:
     return ServeSettings(base=str(folder), store=world.store.url, tenant="t", collection="c", max_rank=4, run=own)
 
 
-def test_served_by_ray(ray_local: Any, tmp_path: Path) -> None:
+def test_served_by_ray(ray_local: Any, said_by_ray: list[str], tmp_path: Path) -> None:
     world = make_world(tmp_path / "store")
     with run(settings_for(world, tmp_path / "base")) as server, httpx.Client(base_url=server.url, timeout=60) as client:
         check_answers(client, world)
@@ -41,7 +41,8 @@ def test_served_by_ray(ray_local: Any, tmp_path: Path) -> None:
         check_logs(Path(ray_local._private.worker.global_worker.node.get_logs_dir_path()) / "serve")
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{server.url}/health")
-    assert ray_local.is_initialized(), "a Ray that the server did not start is left running"
+    assert ray_local.is_initialized(), "Ray is left running"
+    assert said_by_ray == []
 
 
 def check_answers(client: httpx.Client, world: World) -> None:

@@ -15,7 +15,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from core.base_model import load_base
 from core.hypernetwork import Hypernetwork, HypernetworkSettings
 from pipelines.feed import Feed
-from pipelines.learner import Architecture, BaseRecipe, HypernetworkRecipe, Optimiser, Run, Stage, Validation
+from pipelines.recipe import Architecture, BaseRecipe, HypernetworkRecipe, Optimiser, Run, Stage, Validation
 from pipelines.train import train
 from pipelines.world import WorldSpec, generate, write
 from pipelines.world_tokenizer import build_tokenizer
