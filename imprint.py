@@ -29,9 +29,28 @@ HypernetworkOption = Annotated[
 ]
 
 
+PresetOption = Annotated[
+    str | None, typer.Option(help="LIFT's settings by name: v1, v3, v4, v4_fast or finetune_raw.", show_default="v4")
+]
+SourceArgument = Annotated[str, typer.Argument(help="A folder or file of text, Markdown, JSONL or Parquet.")]
+StoreArgument = Annotated[str, typer.Argument(help="The store; made where there is none.")]
+
+
 class Kind(StrEnum):
     base = "base"
     hypernetwork = "hypernetwork"
+
+
+class Method(StrEnum):
+    shine = "shine"
+    lift = "lift"
+
+
+class Mode(StrEnum):
+    auto = "auto"
+    adapter = "adapter"
+    in_context = "in_context"
+    adapter_in_context = "adapter_in_context"
 
 
 @contextmanager
@@ -132,10 +151,20 @@ def train(
 
 @app.command()
 def convert(
-    source: Annotated[str, typer.Argument(help="A folder or file of text, Markdown, JSONL or Parquet.")],
-    store: Annotated[str, typer.Argument(help="The store; made where there is none.")],
+    source: SourceArgument,
+    store: StoreArgument,
+    method: Annotated[
+        Method | None, typer.Option(help="shine: one forward pass a document. lift: fine-tuning.", show_default="shine")
+    ] = None,
     base: BaseOption = str(REFERENCE / "base"),
-    hypernetwork: HypernetworkOption = str(REFERENCE / "hypernetwork"),
+    hypernetwork: Annotated[
+        str | None,
+        typer.Option(
+            help="Directory of a trained or imported hypernetwork; LIFT starts from what it writes.",
+            show_default="the reference hypernetwork; with lift none",
+        ),
+    ] = None,
+    preset: PresetOption = None,
     recipe: Annotated[Path | None, typer.Option(help="TOML recipe.")] = None,
     changes: Overrides = None,
 ) -> None:
@@ -147,11 +176,33 @@ def convert(
     from pipelines.convert import ConvertRecipe
     from pipelines.convert import convert as run_conversion
 
+    if hypernetwork is None and recipe is None and method != Method.lift:
+        hypernetwork = str(REFERENCE / "hypernetwork")
+    given = {"method": method, "base": None if recipe else base, "hypernetwork": hypernetwork, "lift.preset": preset}
+    chosen = [f"{name}={value}" for name, value in given.items() if value is not None]
     with told(), ray_session():
-        paths = [] if recipe else [f"base={base}", f"hypernetwork={hypernetwork}"]
-        summary = run_conversion(source, store, load(ConvertRecipe, recipe, [*paths, *(changes or ())]), progress=console)
+        summary = run_conversion(source, store, load(ConvertRecipe, recipe, [*chosen, *(changes or ())]), progress=console)
     for line in summary.lines():
         console.print(line, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def lift(
+    source: SourceArgument,
+    store: StoreArgument,
+    base: BaseOption = str(REFERENCE / "base"),
+    hypernetwork: Annotated[
+        str | None, typer.Option(help="Directory of a hypernetwork whose adapters training starts from.")
+    ] = None,
+    preset: PresetOption = None,
+    recipe: Annotated[Path | None, typer.Option(help="TOML recipe, as of `imprint convert`.")] = None,
+    changes: Overrides = None,
+) -> None:
+    """Fine-tunes an adapter for each document, many at once: `imprint convert --method lift` by its short name.
+
+    Example: `imprint lift notes/ runs/store --preset v4_fast --set lift.run.scratch=runs/scratch`
+    """
+    convert(source, store, Method.lift, base, hypernetwork, preset, recipe, changes)
 
 
 @app.command()
@@ -187,6 +238,9 @@ def ask(
     collection: Annotated[str | None, typer.Option(help="The document's collection, if not the server's own.")] = None,
     url: Annotated[str, typer.Option(help="Where the server is.")] = "http://127.0.0.1:8000",
     max_tokens: Annotated[int, typer.Option(help="Most tokens of the answer.")] = 64,
+    mode: Annotated[
+        Mode, typer.Option(help="Where the answer shall come from; auto is the adapter, else the text in context.")
+    ] = Mode.auto,
 ) -> None:
     """Asks a running server and prints the answer and where it came from.
 
@@ -202,6 +256,7 @@ def ask(
         "model": name + colon + place + quote(document, safe=""),
         "messages": [{"role": "user", "content": question}],
         "max_tokens": max_tokens,
+        "imprint": {"mode": mode},
     }
     with told():
         try:
@@ -302,7 +357,12 @@ def export(
         adapters = opened.find_adapters(tenant, row.content_hash)
         if not adapters:
             raise ValueError(f"{document!r} has no adapter yet: run `imprint convert` on it")
-        newest = max(adapters, key=lambda adapter: adapter.created)
+        loras = [adapter for adapter in adapters if opened.spec(adapter.spec_fingerprint).kind == "lora"]
+        if not loras:
+            raise ValueError(
+                f"{document!r} has a gated memory, which PEFT knows no form of: lift it as a lora or pissa to export"
+            )
+        newest = max(loras, key=lambda adapter: adapter.created)
         write_peft(out, load_base(base), LoraWeights(opened.spec(newest.spec_fingerprint), opened.get_vector(newest)[None]))
     console.print(f"written: {out}")
 

@@ -1,22 +1,25 @@
 """Documents to checked adapters: what conversion and on-demand generation both call.
 
 In: `Document`s, and their token ids where the caller has them. Out: for each document its adapters, encoded, or the reason
-why there are none; one document's failure never touches another's. Knows nothing of files, stores or workers.
+why there are none; one document's failure never touches another's. Knows nothing of stores or workers. `AdapterWriter` is what
+every method fulfils; SHINE's stands here, LIFT's in core.lift_writing.
 
 `HypernetworkWriter` reads a document as the hypernetwork was trained to: raw text, no template. A document longer than a window
 is read in windows; their adapters become one (ranks concatenated, then cut to the spec's rank by SVD) or stay one each. Windows
 of like length share a forward pass. Cost: the hypernetwork's; a composition adds two QR decompositions a linear.
 """
 
-from collections.abc import Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
-from core.adapter import AdapterSpec
+from core.adapter import ATTENTION, AdapterSpec, AdapterWeights
 from core.codec import Encoding, encode
 from core.config import Section
 from core.documents import NORMALISER, Document, Window, windows
@@ -46,11 +49,13 @@ class WindowRule(Section):
 class Written:
     """A document's adapters in the order of their windows.
 
-    error: what composing to the spec's rank lost, as `lora.recompress` measures it; 0 where nothing was composed.
+    error: what composing or cutting to the spec's rank lost, as `lora.recompress` measures it; 0 where neither was done. lost:
+    passages of the document whose questions an endpoint did not write.
     """
 
     adapters: tuple[NewAdapter, ...]
     error: float = 0.0
+    lost: int = 0
 
 
 @dataclass(frozen=True)
@@ -63,26 +68,59 @@ class Rejected:
 Outcome = Written | Rejected
 
 
-class AdapterWriter(Protocol):
+class AdapterWriter(ABC):
     """A method that writes adapters of one spec in one encoding, as one producer."""
 
-    @property
-    def producer(self) -> Producer: ...
+    producer: Producer
+    spec: AdapterSpec
+    encoding: Encoding
+    tokenizer: PreTrainedTokenizerBase
 
-    @property
-    def spec(self) -> AdapterSpec: ...
-
-    @property
-    def encoding(self) -> Encoding: ...
-
+    @abstractmethod
     def adapter_ids(self, document: Document, length: int) -> list[str]:
         """The ids of what `write` would make of a document of `length` tokens, without making it."""
 
+    @abstractmethod
+    def write_each(
+        self, documents: Sequence[Document], ids: Sequence[Sequence[int]] | None = None
+    ) -> Iterator[tuple[int, Outcome]]:
+        """(place, outcome) of each document as it is done: no more is held than is in the making."""
+
     def write(self, documents: Sequence[Document], ids: Sequence[Sequence[int]] | None = None) -> list[Outcome]:
         """One outcome for each document, in order. ids: the documents' token ids, where the caller has them."""
+        outcomes = dict(self.write_each(documents, ids))
+        return [outcomes[place] for place in range(len(documents))]
+
+    def new_adapter(
+        self,
+        document: Document,
+        window: Window,
+        vector: bytes,
+        error: float | None = None,
+        quality: float | None = None,
+        quality_lost: float | None = None,
+    ) -> NewAdapter:
+        """The adapter that this writer made for a window of a document, with what was measured on it."""
+        return NewAdapter(
+            tenant=document.tenant,
+            content_hash=document.content_hash,
+            window=window,
+            producer=self.producer,
+            spec=self.spec,
+            encoding=self.encoding,
+            vector=vector,
+            tokens=window.end - window.start,
+            quality=quality,
+            quality_lost=quality_lost,
+            error=error,
+        )
+
+    @abstractmethod
+    def settled(self, adapter_ids: Iterable[str]) -> None:
+        """Told that these adapters are stored for good: what was kept to go on with them may go."""
 
 
-class HypernetworkWriter:
+class HypernetworkWriter(AdapterWriter):
     """Writes adapters with SHINE's hypernetwork, at most `max_rows` windows and `max_padded_tokens` (memory included) at a time.
 
     The batch limits change speed and memory; they are no part of the producer. Raises `ValueError` for a base without tokenizer
@@ -127,22 +165,17 @@ class HypernetworkWriter:
         )
 
     def adapter_ids(self, document: Document, length: int) -> list[str]:
-        """The ids of what `write` would make of a document of `length` tokens, without making it."""
+        """See `AdapterWriter.adapter_ids`; one a window, or one in all where windows are composed."""
         covers = windows(length, self._max_tokens, self._rule.overlap)
         if self._composes(covers):
             covers = [Window(0, length)]
         identity = document.tenant, document.content_hash
         return [adapter_id(*identity, window, self.producer, self.spec, self.encoding) for window in covers]
 
-    def write(self, documents: Sequence[Document], ids: Sequence[Sequence[int]] | None = None) -> list[Outcome]:
-        """One outcome for each document, in order. ids: the documents' token ids, where the caller has them."""
-        outcomes = dict(self.write_each(documents, ids))
-        return [outcomes[place] for place in range(len(documents))]
-
     def write_each(
         self, documents: Sequence[Document], ids: Sequence[Sequence[int]] | None = None
     ) -> Iterator[tuple[int, Outcome]]:
-        """(place, outcome) of each document as it is done, longest windows first: no more is held than is in the making."""
+        """See `AdapterWriter.write_each`; longest windows first."""
         if ids is None:
             ids = [tokenise(self.tokenizer, document.text) for document in documents]
         units: list[tuple[int, Window]] = []
@@ -170,6 +203,9 @@ class HypernetworkWriter:
                 if not missing[place]:
                     yield place, self._finish(documents[place], len(ids[place]), parts.pop(place))
 
+    def settled(self, adapter_ids: Iterable[str]) -> None:
+        """See `AdapterWriter.settled`; nothing was kept."""
+
     def _composes(self, covers: Sequence[Window]) -> bool:
         return len(covers) > 1 and self._rule.long_documents == "compose"
 
@@ -191,8 +227,8 @@ class HypernetworkWriter:
         if failed := [window for window in covers if not len(parts[window])]:
             where = f"tokens {failed[0].start} to {failed[0].end}"
             return Rejected(f"the hypernetwork gave no usable adapter: zero or not finite, {where}")
-        error = 0.0
-        if self._composes(covers):
+        error, composes = 0.0, self._composes(covers)
+        if composes:
             whole = compose([LoraWeights(self.spec, parts[window][None]) for window in covers])
             weights, error_B = recompress(whole, self.spec.rank)
             if _fault(delta_norms(weights).item()):
@@ -200,21 +236,13 @@ class HypernetworkWriter:
             covers, error = [Window(0, length)], error_B.item()
             parts = {covers[0]: weights.flat_BN[0]}
         try:
-            return Written(tuple(self._new(document, window, encode(parts[window], self.encoding)) for window in covers), error)
+            new = [
+                self.new_adapter(document, window, encode(parts[window], self.encoding), error=error if composes else None)
+                for window in covers
+            ]
         except ValueError as fault:
             return Rejected(f"the adapter cannot be encoded: {fault}")
-
-    def _new(self, document: Document, window: Window, vector: bytes) -> NewAdapter:
-        return NewAdapter(
-            tenant=document.tenant,
-            content_hash=document.content_hash,
-            window=window,
-            producer=self.producer,
-            spec=self.spec,
-            encoding=self.encoding,
-            vector=vector,
-            tokens=window.end - window.start,
-        )
+        return Written(tuple(new), error)
 
 
 def delta_norms(weights: LoraWeights) -> Tensor:
@@ -231,3 +259,24 @@ def delta_norms(weights: LoraWeights) -> Tensor:
 
 def _fault(norm: float) -> bool:
     return not 0 < norm < float("inf")
+
+
+def changes_anything(weights: AdapterWeights) -> bool:
+    """Whether the first adapter changes what a base computes.
+
+    Of a LoRA, whether any delta A B + C is not zero, by ||A B||_F^2 = tr(A'A B B'): no I x O matrix is formed. Of a gated memory,
+    whether any gate can open, which takes w and V of one head.
+    """
+    if not weights.spec.zeros_change_nothing:
+        return True
+    for (layer, site, tensor), value_B in weights.tensors.items():
+        value = value_B[0].double()
+        if tensor == "C" and value.any():
+            return True
+        if tensor == "A":
+            b_RO = weights.tensors[layer, site, "B"][0].double()
+            if ((value.T @ value) * (b_RO @ b_RO.T)).sum() > 0:
+                return True
+        if tensor == "w" and (value * weights.tensors[layer, ATTENTION, "V"][0].double().abs().sum(dim=1)).any():
+            return True
+    return False

@@ -162,7 +162,7 @@ class Lift:
         self._base, self._settings, self._run = base, settings, run or LiftRun()
         self._settings_fingerprint = fingerprint(settings)
         self._form = form_of(base, settings.adapter)
-        self.spec = self._form.spec
+        self.spec, self.stored_spec = self._form.spec, self._form.stored_spec
         self._slots: list[_Slot | None] = [None] * self._run.slots
         dtype = torch.promote_types(base.dtype, torch.float32)
         self._flat_SN = torch.zeros(self._run.slots, self.spec.numel, dtype=dtype, device=base.device)

@@ -55,6 +55,11 @@ class Form(ABC):
     kind: ClassVar[Kind]
     spec: AdapterSpec
 
+    @property
+    def stored_spec(self) -> AdapterSpec:
+        """The table of what `stored` gives."""
+        return self.spec
+
     @abstractmethod
     def initial(self, generator: torch.Generator, start: AdapterWeights | None = None) -> Tensor:
         """`[N]` fp32 on the CPU. start: adapters whose sum is trained on. Raises `ValueError` for one that does not fit."""
@@ -133,6 +138,10 @@ class PissaForm(Form):
         self._start = LoraWeights(self.spec, self._principal())
         negated = {key: -value if key[2] == "B" else value for key, value in self._start.tensors.items()}
         self._removed = LoraWeights(self.spec, self.spec.join(negated))
+
+    @property
+    def stored_spec(self) -> AdapterSpec:
+        return self.spec.with_rank(2 * self.spec.rank)
 
     @torch.no_grad()
     def _principal(self) -> Tensor:

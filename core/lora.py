@@ -1,8 +1,9 @@
 """LoRA adapters as one flat vector each: attach many at once to one frozen base, compose, re-compress.
 
 `LoraWeights` is B adapters under one `AdapterSpec`. `attach` lets the rows of a batch run under different adapters: row b under
-adapter `index_B[b]`, or none. At one linear: y = x W^T + (x A) B + C, with no alpha. The base is never copied or changed; the
-cost is two batched matrix products a linear, 2 T R (I + O) multiply-adds a row.
+adapter `index_B[b]`, or none. At one linear: y = x W^T + (x A) B + C, with no alpha. The base is never copied or changed
+(`merged`, for saving a base of its own, does both for a while); the cost is two batched matrix products a linear,
+2 T R (I + O) multiply-adds a row.
 """
 
 from collections.abc import Iterator, Sequence
@@ -223,3 +224,30 @@ def check_fits(base: BaseModel, spec: AdapterSpec) -> None:
 def attach(base: BaseModel, weights: AdapterWeights, index_B: Tensor | None = None) -> AbstractContextManager[None]:
     """Inside, `base` runs under `weights`, of either kind, as `AdapterWeights.attach` promises."""
     return weights.attach(base, index_B)
+
+
+@contextmanager
+def merged(base: BaseModel, weights: LoraWeights) -> Iterator[None]:
+    """Inside, the base's linears hold the one adapter's delta, for saving a base of its own; afterwards they are what they were.
+
+    The sum is made in fp32 (fp64 on an fp64 base) and rounded to the base's type. Holds for all threads. Raises `ValueError` for
+    several adapters, for one of another base's shape and for one with a generated bias.
+    """
+    check_fits(base, weights.spec)
+    if len(weights) != 1:
+        raise ValueError(f"{len(weights)} adapters cannot be merged into one base: compose them first, or give one")
+    if any(tensor == "C" for _, _, tensor in weights.tensors):
+        raise ValueError("an adapter with a generated bias cannot be merged: this base's linears may have no bias to add it to")
+    before = {key: linear.weight.data for key, linear in base.linears.items()}
+    try:
+        with torch.no_grad():
+            for (layer, site), weight in before.items():
+                if (layer, site, "A") in weights.tensors:
+                    a_BIR, b_BRO = weights.factors(layer, site)
+                    wide = torch.promote_types(weight.dtype, torch.float32)
+                    delta_OI = (a_BIR[0].to(wide) @ b_BRO[0].to(wide)).mT
+                    base.linears[layer, site].weight.data = (weight.to(wide) + delta_OI).to(weight.dtype)
+        yield
+    finally:
+        for key, weight in before.items():
+            base.linears[key].weight.data = weight

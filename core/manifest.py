@@ -27,7 +27,7 @@ from core.codec import Encoding, encode, encoded_bytes
 from core.config import digest
 from core.documents import Window, clean_name
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _HASH = re.compile(r"[0-9a-f]{64}")
 
 
@@ -118,7 +118,12 @@ class DocumentRow:
 
 @dataclass(frozen=True, slots=True)
 class AdapterRow:
-    """An adapter for the tokens of a window of some content. `quality` is unknown and `parent` absent where None."""
+    """An adapter for the tokens of a window of some content; what was not measured is None, an absent `parent` too.
+
+    quality: share of the document's own questions that it answers as stored (`core.lift_writing.recall`); quality_lost: what
+    cutting it to the serving rank took from that. error: relative error of the cut, or of composing windows, as
+    `core.lora.recompress` measures it.
+    """
 
     adapter_id: str
     tenant: str
@@ -136,6 +141,8 @@ class AdapterRow:
     rank: int
     created: datetime
     quality: float | None = None
+    quality_lost: float | None = None
+    error: float | None = None
     parent: str | None = None
 
     @property
@@ -160,6 +167,8 @@ class NewAdapter:
     vector: Tensor | bytes
     tokens: int
     quality: float | None = None
+    quality_lost: float | None = None
+    error: float | None = None
     parent: str | None = None
 
     @property
@@ -182,6 +191,8 @@ class NewAdapter:
             rank=self.spec.rank,
             created=created,
             quality=self.quality,
+            quality_lost=self.quality_lost,
+            error=self.error,
             parent=self.parent,
         )
 
@@ -218,8 +229,10 @@ ADAPTER_SCHEMA = _schema(
     | dict.fromkeys(["window_start", "window_end"], pa.int64())
     | dict.fromkeys(["producer_fingerprint", "spec_fingerprint", "encoding"], pa.string())
     | _LOCATION
-    | {"tokens": pa.int64(), "rank": pa.int64(), "created": _CREATED, "quality": pa.float64(), "parent": pa.string()},
-    optional=("quality", "parent"),
+    | {"tokens": pa.int64(), "rank": pa.int64(), "created": _CREATED}
+    | dict.fromkeys(["quality", "quality_lost", "error"], pa.float64())
+    | {"parent": pa.string()},
+    optional=("quality", "quality_lost", "error", "parent"),
 )
 _SCHEMAS: dict[PartKind, pa.Schema] = {"documents": DOCUMENT_SCHEMA, "adapters": ADAPTER_SCHEMA}
 _ORDERS: dict[PartKind, list[tuple[str, str]]] = {

@@ -3,22 +3,23 @@
     read, normalise, tokenise (tasks) -> unique names (one actor) -> buffers of like size
     -> adapters, shards, commits (actor pool) -> receipts -> the driver: progress, summary, rejects
 
-In: a source (`pipelines.sources`), a store, a recipe. Out: documents and adapters in the store, a `Summary`, and a JSONL file of
-rejects: every document without adapter, and why. What the store holds is left alone, so a rerun converts what is missing.
+In: a source (`pipelines.sources`), a store, a recipe, which says by which method. Out: documents and adapters in the store, a
+`Summary`, and a JSONL file of rejects: every document without adapter, and why. What the store holds is left alone, so a rerun
+converts what is missing.
 
 Vectors go from the actor straight to the store, one commit a buffer or a shard's bytes; the driver sees receipts alone. Lengths
 are sorted within a buffer, which is all that is held: any corpus streams. Order is the source's, so batches are the same in
-every run. A job that is killed leaves what was committed, valid; a document and its adapters land together.
+every run. A job that is killed leaves what was committed, valid; a document and its adapters land together. With
+`lift.run.scratch`, documents that were in training go on where they were last saved.
 
 Runs on the Ray that the process is connected to, and wants a logical CPU more than `run.actors`.
 """
 
 import json
+import os
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
@@ -27,23 +28,25 @@ from typing import Annotated, Any, Literal, NamedTuple
 import pyarrow as pa
 import ray
 import torch
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from core.adapter_writing import HypernetworkWriter, Rejected, WindowRule, Written
+from core.adapter_writing import AdapterWriter, HypernetworkWriter, Rejected, WindowRule, Written
 from core.base_model import load_base
 from core.codec import Encoding
 from core.config import RunSection, Section
 from core.documents import Document
 from core.hypernetwork import Hypernetwork
+from core.lift_writing import LiftRecipe, LiftWriter
 from core.manifest import AdapterRow
 from core.prompts import encode
+from core.question_endpoint import api_key
 from core.store import Store
 from pipelines import sources
+from pipelines.receipts import Receipt, Status, Summary, receipt_of, to_table
 
-Status = Literal["converted", "shared", "unchanged", "rejected"]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -51,7 +54,7 @@ class ConvertRun(RunSection):
     """Where and how fast. The pool grows from `min_actors` to `actors`, each with `threads` torch threads (or a GPU, on `cuda`).
 
     buffer_documents: sorted by length and committed together. batch_rows, batch_tokens: most windows and padded tokens (memory
-    included) of one forward pass. shard_bytes: a commit is made once a buffer has written as much.
+    included) of one forward pass. shard_bytes, commit_s: a commit is made once a buffer has written as much, or for so long.
     """
 
     min_actors: PositiveInt = 1
@@ -63,107 +66,31 @@ class ConvertRun(RunSection):
     batch_rows: PositiveInt = 16
     batch_tokens: PositiveInt = 4096
     shard_bytes: PositiveInt = 256 * 2**20
+    commit_s: PositiveFloat = 60.0
     max_document_bytes: PositiveInt = 16 * 2**20
 
 
 class ConvertRecipe(Section):
-    """What is made: by which hypernetwork (a directory) on which base (a directory or a name), for whom, in which encoding."""
+    """What is made: by which method on which base (a directory or a name), for whom, in which encoding.
+
+    hypernetwork: a directory; what writes the adapters, or what LIFT starts from where one is given.
+    """
 
     base: str
-    hypernetwork: str
+    method: Literal["shine", "lift"] = "shine"
+    hypernetwork: str | None = None
     tenant: Annotated[str, Field(min_length=1)] = "default"
     collection: Annotated[str, Field(min_length=1)] = "default"
     encoding: Encoding = "bf16"
     windows: WindowRule = WindowRule()
+    lift: LiftRecipe = LiftRecipe()
     run: ConvertRun = ConvertRun()
 
-
-class Receipt(NamedTuple):
-    """What became of one document. `bytes` are those of new adapters, `error` is `Written.error`.
-
-    converted: new adapters. shared: stored, with adapters that another document of this content has. unchanged: all was there.
-    rejected: `reason` says why; the text is stored nevertheless where there is one (it can answer in context).
-    """
-
-    name: str
-    content_hash: str | None
-    status: Status
-    reason: str | None
-    adapter_ids: list[str]
-    shard: str | None
-    bytes: int
-    tokens: int
-    error: float
-    source_bytes: int
-    read_at: float
-
-
-RECEIPTS = pa.schema(
-    [
-        ("name", pa.string()),
-        ("content_hash", pa.string()),
-        ("status", pa.string()),
-        ("reason", pa.string()),
-        ("adapter_ids", pa.list_(pa.string())),
-        ("shard", pa.string()),
-        ("bytes", pa.int64()),
-        ("tokens", pa.int64()),
-        ("error", pa.float64()),
-        ("source_bytes", pa.int64()),
-        ("read_at", pa.float64()),
-    ]
-)
-
-
-@dataclass
-class Summary:
-    """Counts of one conversion. Rates leave out start-up: they count from the first file that was opened."""
-
-    rejects_path: Path
-    documents: Counter[str] = field(default_factory=Counter)
-    reasons: Counter[str] = field(default_factory=Counter)
-    tokens: int = 0
-    adapters: int = 0
-    adapter_bytes: int = 0
-    composed: int = 0
-    worst_error: float = 0.0
-    start_s: float = 0.0
-    convert_s: float = 0.0
-
-    @property
-    def documents_per_s(self) -> float:
-        """All documents, skipped ones too, by time."""
-        return self.documents.total() / self.convert_s if self.convert_s else 0.0
-
-    @property
-    def bytes_per_adapter(self) -> float:
-        return self.adapter_bytes / self.adapters if self.adapters else 0.0
-
-    def add(self, receipt: Receipt) -> None:
-        self.documents[receipt.status] += 1
-        if receipt.reason:
-            self.reasons[receipt.reason.partition(":")[0]] += 1
-        if receipt.status == "converted":
-            self.tokens += receipt.tokens
-            self.adapters += len(receipt.adapter_ids)
-            self.adapter_bytes += receipt.bytes
-            self.composed += receipt.error > 0
-            self.worst_error = max(self.worst_error, receipt.error)
-
-    def lines(self) -> list[str]:
-        """The summary as people read it."""
-        counts = ", ".join(f"{self.documents[status]:,} {status}" for status in ("converted", "shared", "unchanged", "rejected"))
-        lines = [
-            f"{self.documents.total():,} documents: {counts}",
-            f"{self.documents_per_s:,.1f} documents/s over {self.convert_s:,.1f} s, after {self.start_s:,.1f} s of start-up",
-            f"{self.adapters:,} adapters of {self.tokens:,} tokens, {self.bytes_per_adapter:,.0f} bytes each",
-        ]
-        if self.composed:
-            lines.append(f"{self.composed:,} composed from several windows, relative error {self.worst_error:.2f} at most")
-        lines += [f"  {count:,} {reason}" for reason, count in self.reasons.most_common()]
-        if self.documents["rejected"]:
-            lines.append(f"rejects: {self.rejects_path}")
-        return lines
+    @model_validator(mode="after")
+    def _complete(self) -> "ConvertRecipe":
+        if self.method == "shine" and self.hypernetwork is None:
+            raise ValueError("hypernetwork is missing: name the directory of one, or choose method lift")
+        return self
 
 
 def convert(
@@ -175,6 +102,7 @@ def convert(
     store, base or hypernetwork that is not there; never for a document.
     """
     start = time.time()
+    recipe = _checked(recipe)
     corpus = sources.open_source(source, recipe.tenant, recipe.collection, recipe.run.max_document_bytes)
     store = Store.open(store_url, create=True)
     if rejects is None:
@@ -193,6 +121,17 @@ def convert(
             file.flush()
             show(sum(receipt.source_bytes for receipt in batch), summary)
     return summary
+
+
+def _checked(recipe: ConvertRecipe) -> ConvertRecipe:
+    """With a scratch folder that is the same in every process. On a local Ray, an endpoint's missing key is found here."""
+    lift = recipe.lift
+    if recipe.method == "lift" and lift.questions.endpoint is not None and "RAY_ADDRESS" not in os.environ:
+        api_key(lift.questions.endpoint.run)
+    if lift.run.scratch is None:
+        return recipe
+    run = lift.run.model_copy(update={"scratch": str(Path(lift.run.scratch).resolve())})
+    return recipe.model_copy(update={"lift": lift.model_copy(update={"run": run})})
 
 
 def receipts(corpus: sources.Source, store_url: str, recipe: ConvertRecipe) -> Iterator[list[Receipt]]:
@@ -255,11 +194,14 @@ def _document(row: dict[str, Any]) -> Document:
     return Document(**{name: row[name] for name in ("tenant", "collection", "name", "title", "text")})
 
 
-def open_writer(recipe: ConvertRecipe) -> HypernetworkWriter:
-    """The recipe's base and hypernetwork, loaded, as a writer."""
+def open_writer(recipe: ConvertRecipe) -> AdapterWriter:
+    """The recipe's method with its base, loaded."""
     run = recipe.run
     base = load_base(recipe.base, dtype=_DTYPES[run.dtype], device=run.device)
-    hypernetwork = Hypernetwork.load(recipe.hypernetwork, base)
+    hypernetwork = None if recipe.hypernetwork is None else Hypernetwork.load(recipe.hypernetwork, base)
+    if recipe.method == "lift":
+        return LiftWriter(base, recipe.lift, recipe.encoding, hypernetwork, recipe.windows)
+    assert hypernetwork is not None, "the recipe has refused it"
     return HypernetworkWriter(hypernetwork, recipe.encoding, recipe.windows, run.batch_rows, run.batch_tokens)
 
 
@@ -269,21 +211,34 @@ class _Entry(NamedTuple):
     row: dict[str, Any]
     document: Document
 
-    def receipt(self, status: Status, adapters: Sequence[AdapterRow], reason: str | None = None, error: float = 0.0) -> Receipt:
-        new_bytes = sum(adapter.length for adapter in adapters) if status == "converted" else 0
-        ids = [adapter.adapter_id for adapter in adapters]
-        shard = adapters[0].shard if adapters else None
-        return _receipt(self.row, status, reason, self.document.content_hash, ids, shard, new_bytes, len(self.row["ids"]), error)
+    def receipt(
+        self, status: Status, adapters: Sequence[AdapterRow] = (), reason: str | None = None, written: Written | None = None
+    ) -> Receipt:
+        """written: what was made for this document, if anything was."""
+        values: dict[str, Any] = {} if written is None else {"error": written.error, "lost": written.lost}
+        if written is not None:
+            values |= {name: getattr(written.adapters[0], name) for name in ("quality", "quality_lost")}
+            values["bytes"] = sum(adapter.length for adapter in adapters)
+        return receipt_of(
+            self.row,
+            status,
+            reason,
+            content_hash=self.document.content_hash,
+            adapter_ids=[adapter.adapter_id for adapter in adapters],
+            shard=adapters[0].shard if adapters else None,
+            tokens=len(self.row["ids"]),
+            **values,
+        )
 
 
 class _Convert:
-    """The actor: one loaded hypernetwork, one open store."""
+    """The actor: one writer with its loaded models, one open store."""
 
     def __init__(self, store_url: str, recipe: ConvertRecipe) -> None:
         torch.set_num_threads(recipe.run.threads)
         self._writer = open_writer(recipe)
         self._store = Store.open(store_url)
-        self._shard_bytes = recipe.run.shard_bytes
+        self._shard_bytes, self._commit_s = recipe.run.shard_bytes, recipe.run.commit_s
 
     def __call__(self, rows: pa.Table) -> Iterator[pa.Table]:
         """Writes and commits a buffer of prepared rows; gives their receipts."""
@@ -293,7 +248,7 @@ class _Convert:
         missing: dict[str, list[_Entry]] = {}
         for row in rows.to_pylist():
             if row["reason"] is not None:
-                done.append(_receipt(row, "rejected", row["reason"]))
+                done.append(receipt_of(row, "rejected", row["reason"]))
                 continue
             entry = _Entry(row, _document(row))
             ids = self._writer.adapter_ids(entry.document, len(row["ids"]))
@@ -308,22 +263,22 @@ class _Convert:
             self._store.put([entry.document for entry, _ in known])
             done += [entry.receipt("shared", adapters) for entry, adapters in known]
         if done:
-            yield _to_table(done)
+            yield to_table(done)
         yield from self._write(list(missing.values()))
 
     def _write(self, same_content: list[list[_Entry]]) -> Iterator[pa.Table]:
-        """Makes the adapters of each content once, and commits whenever a shard is full."""
+        """Makes the adapters of each content once, and commits whenever a shard is full or its time has come."""
         pending: list[tuple[list[_Entry], Written | Rejected]] = []
-        pending_bytes = 0
+        pending_bytes, committed = 0, time.monotonic()
         first = [entries[0] for entries in same_content]
         outcomes = self._writer.write_each([entry.document for entry in first], [entry.row["ids"] for entry in first])
         for place, outcome in outcomes:
             pending.append((same_content[place], outcome))
             if isinstance(outcome, Written):
                 pending_bytes += sum(len(adapter.vector) for adapter in outcome.adapters)
-            if pending_bytes >= self._shard_bytes:
+            if pending_bytes >= self._shard_bytes or time.monotonic() - committed >= self._commit_s:
                 yield self._commit(pending)
-                pending, pending_bytes = [], 0
+                pending, pending_bytes, committed = [], 0, time.monotonic()
         if pending:
             yield self._commit(pending)
 
@@ -331,38 +286,20 @@ class _Convert:
         documents = [entry.document for entries, _ in pending for entry in entries]
         new = [adapter for _, outcome in pending if isinstance(outcome, Written) for adapter in outcome.adapters]
         rows = iter(self._store.put(documents, new).adapters)
+        self._writer.settled(adapter.adapter_id for adapter in new)
         done: list[Receipt] = []
         for entries, outcome in pending:
             if isinstance(outcome, Rejected):
-                done += [entry.receipt("rejected", [], outcome.reason) for entry in entries]
+                done += [entry.receipt("rejected", reason=outcome.reason) for entry in entries]
             else:
                 adapters = list(islice(rows, len(outcome.adapters)))
-                done.append(entries[0].receipt("converted", adapters, error=outcome.error))
+                done.append(entries[0].receipt("converted", adapters, written=outcome))
                 done += [entry.receipt("shared", adapters) for entry in entries[1:]]
-        return _to_table(done)
+        return to_table(done)
 
     def _stands(self, document: Document) -> bool:
         live = self._store.find_document(document.tenant, document.collection, document.name)
         return live is not None and live.content_hash == document.content_hash
-
-
-def _receipt(
-    row: dict[str, Any],
-    status: Status,
-    reason: str | None,
-    content_hash: str | None = None,
-    adapter_ids: Sequence[str] = (),
-    shard: str | None = None,
-    new_bytes: int = 0,
-    tokens: int = 0,
-    error: float = 0.0,
-) -> Receipt:
-    where = row["name"], content_hash, status, reason
-    return Receipt(*where, list(adapter_ids), shard, new_bytes, tokens, error, row["source_bytes"], row["read_at"])
-
-
-def _to_table(done: Sequence[Receipt]) -> pa.Table:
-    return pa.Table.from_pylist([receipt._asdict() for receipt in done], RECEIPTS)
 
 
 @contextmanager

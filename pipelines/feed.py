@@ -28,6 +28,7 @@ from ray.data._internal.execution.execution_callback import ExecutionCallback
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from core.config import Section
+from core.documents import Window, segments
 from core.examples import (
     IGNORED,
     Example,
@@ -38,9 +39,23 @@ from core.examples import (
     packing,
     pretraining_example,
 )
+from core.lift_examples import Reading, Wording, draw_pieces, recital, segment_example, timeline_example
 from core.prompts import Instructions, Limits, Turn, encode, render
+from core.sentences import sentences
 
-Task = Literal["pretraining", "questions", "copying", "in_context", "keywords", "recitation", "question_only", "plain_text"]
+Task = Literal[
+    "pretraining",
+    "questions",
+    "copying",
+    "in_context",
+    "keywords",
+    "recitation",
+    "question_only",
+    "plain_text",
+    "segments",
+    "contextualised",
+    "timeline",
+]
 COLUMNS = pa.schema(
     [
         ("context_ids", pa.list_(pa.int32())),
@@ -61,7 +76,9 @@ class Feed(Section):
     shown, then questions), `keywords` (plain text, then what is left of each question when words are dropped, and its answer:
     teaches to look things up outside the chat template and from a word alone, as memory tokens must), `recitation`,
     `question_only`, `plain_text` and `copying` (random tokens twice, which teaches to look back before there is anything to
-    say).
+    say). Pre-LIFT takes one of a document's `segments`, the same `contextualised`, a `timeline`, and `question_only`.
+
+    reading: how documents are cut into segments, within `limits.conversation_tokens`; wording: what is said for them.
     """
 
     corpus: tuple[str, ...]
@@ -73,6 +90,8 @@ class Feed(Section):
     limits: Limits = Limits()
     instructions: Instructions = Instructions()
     pretraining: Pretraining = Pretraining()
+    reading: Reading = Reading()
+    wording: Wording = Wording()
 
     @model_validator(mode="after")
     def _copying_range(self) -> "Feed":
@@ -282,10 +301,38 @@ def _copying(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], feed: Feed
     return Example((), (*tokens, separator, *tokens), (*[IGNORED] * (len(tokens) + 1), *tokens))
 
 
+def _segment(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], feed: Feed, rng: random.Random) -> Example:
+    ids, segment = _drawn_segment(tokenizer, row, feed, rng)
+    return segment_example(ids, segment, feed.limits.conversation_tokens)
+
+
+def _contextualised(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], feed: Feed, rng: random.Random) -> Example:
+    ids, segment = _drawn_segment(tokenizer, row, feed, rng)
+    limit = feed.limits.conversation_tokens
+    pieces = draw_pieces(len(ids), segment, feed.reading.sizes(limit)[2], rng)
+    return recital(tokenizer, ids, segment, pieces, feed.wording, limit)
+
+
+def _drawn_segment(
+    tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], feed: Feed, rng: random.Random
+) -> tuple[list[int], Window]:
+    ids = encode(tokenizer, row["text"])
+    size, stride, _ = feed.reading.sizes(feed.limits.conversation_tokens)
+    return ids, rng.choice(segments(len(ids), size, stride, feed.reading.rule) or [Window(0, 0)])
+
+
+def _timeline(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], feed: Feed, rng: random.Random) -> Example:
+    ordered = [row["text"][start:end] for start, end in sentences(row["text"])]
+    return timeline_example(tokenizer, ordered, 5, feed.wording, feed.limits.conversation_tokens, rng)
+
+
 _MAKERS: dict[str, Callable[[PreTrainedTokenizerBase, dict[str, Any], Feed, random.Random], Example]] = {
     "pretraining": _pretraining,
     "questions": _ask,
     "copying": _copying,
+    "segments": _segment,
+    "contextualised": _contextualised,
+    "timeline": _timeline,
     "in_context": _in_context,
     "keywords": _keywords,
     "recitation": _recitation,

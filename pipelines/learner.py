@@ -4,7 +4,7 @@ In: a recipe as JSON values, through Ray Train. Out: metrics to a queue, checkpo
 over all supervised targets of the global batch divided by their number over all ranks; gradients are clipped by their global
 norm; a step whose gradient is not finite on any rank is skipped on all of them, and too many in a row end the run.
 
-A checkpoint holds the trained weights (what `save` of base or hypernetwork writes), `optimiser.safetensors` (fp32 weights and
+A checkpoint holds the trained weights (what `save` of the learner writes), `optimiser.safetensors` (fp32 weights and
 moments by parameter, gathered over ranks, so a run may go on with another number of workers) and `state.json` (steps,
 position in the data).
 """
@@ -15,7 +15,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +29,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
+from core import adapter_files
 from core.base_model import BaseModel, load_base
 from core.examples import Batch, collate
 from core.hypernetwork import Hypernetwork
+from core.lift_forms import form_of
+from core.lora import LoraWeights, merged
 from core.objectives import hypernetwork_loss, language_loss
 from pipelines.evaluate import validation_accuracy
 from pipelines.feed import Position, to_examples
-from pipelines.recipe import BaseRecipe, HypernetworkRecipe, Recipe, read_recipe
+from pipelines.recipe import BaseRecipe, HypernetworkRecipe, PreLiftRecipe, Recipe, read_recipe
 
 SKIPPED_STEPS_AT_MOST = 20
 
@@ -117,14 +120,62 @@ class HypernetworkLearner(nn.Module):
         self.hypernetwork.save(directory)
 
 
-Learner = BaseLearner | HypernetworkLearner
+class PreLiftLearner(nn.Module):
+    """One adapter for all documents over a frozen base, which is no part of the module."""
+
+    def __init__(self, recipe: PreLiftRecipe) -> None:
+        super().__init__()
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[recipe.run.precision]
+        self.base = load_base(recipe.base, dtype=dtype, device=recipe.run.device)
+        self._form = form_of(self.base, recipe.adapter)
+        initial_N = self._form.initial(torch.Generator().manual_seed(recipe.seed))
+        self.flat_N = nn.Parameter(initial_N.to(self.base.device))
+        self._result = recipe.result
+        self._checkpointing = recipe.run.gradient_checkpointing
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Summed loss."""
+        with self.base.checkpointing(self._checkpointing), self.attached():
+            return language_loss(self.base, batch)
+
+    def attached(self) -> AbstractContextManager[None]:
+        """The base under the adapter as it stands."""
+        return self._form.attach(self.flat_N[None], None)
+
+    def groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        return [{"params": [self.flat_N], "weight_decay": weight_decay}]
+
+    def save(self, directory: Path) -> None:
+        """The adapter as LIFT starts from it, or a base with it in its weights."""
+        weights = self._form.stored(self.flat_N[None])
+        if self._result == "adapter":
+            adapter_files.save(weights, self.base, directory)
+            return
+        assert isinstance(weights, LoraWeights), "the recipe allows only LoRA here"
+        with merged(self.base, weights):
+            self.base.model.save_pretrained(directory)
+        assert self.base.tokenizer is not None
+        self.base.tokenizer.save_pretrained(directory)
+
+
+Learner = BaseLearner | HypernetworkLearner | PreLiftLearner
+
+
+def _learner(recipe: Recipe) -> Learner:
+    match recipe:
+        case BaseRecipe():
+            return BaseLearner(recipe)
+        case HypernetworkRecipe():
+            return HypernetworkLearner(recipe)
+        case PreLiftRecipe():
+            return PreLiftLearner(recipe)
 
 
 def train_loop(config: dict[str, Any]) -> None:
     """What every rank runs: build or restore, then stage after stage.
 
-    config: kind (base | hypernetwork), recipe (JSON values), queue (where rank 0 puts metrics, or None). Data sets are called
-    by the number of their stage; the first starts where the checkpoint of this run ended.
+    config: kind (a name in `RECIPES`), recipe (JSON values), queue (where rank 0 puts metrics, or None). Data sets are called by
+    the number of their stage; the first starts where the checkpoint of this run ended.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     recipe = read_recipe(config["kind"], config["recipe"])
@@ -133,7 +184,7 @@ def train_loop(config: dict[str, Any]) -> None:
     if recipe.run.threads:
         torch.set_num_threads(recipe.run.threads)
     torch.manual_seed(recipe.seed)
-    learner = HypernetworkLearner(recipe) if isinstance(recipe, HypernetworkRecipe) else BaseLearner(recipe)
+    learner = _learner(recipe)
     engine = _initialise(learner, recipe)
     state = {"stage": 0, "step": 0, "global_step": 0, "window": 0, "offset": 0}
     if checkpoint := ray.train.get_checkpoint():
@@ -238,7 +289,8 @@ def _run_stage(engine: Any, learner: Learner, recipe: Recipe, number: int, state
         if run.validation.corpus and (done % run.validation.every_steps == 0 or state["step"] == stage.steps):
             if dist.get_rank() == 0:
                 hypernetwork = learner.hypernetwork if isinstance(learner, HypernetworkLearner) else None
-                metrics |= validation_accuracy(learner.base, hypernetwork, run.validation.corpus, run.validation.documents)
+                with learner.attached() if isinstance(learner, PreLiftLearner) else nullcontext():
+                    metrics |= validation_accuracy(learner.base, hypernetwork, run.validation.corpus, run.validation.documents)
             started = time.monotonic()
         if len(metrics) > 3 and queue is not None and dist.get_rank() == 0:
             queue.put(metrics)

@@ -3,10 +3,11 @@
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from core.config import RunSection, Section
 from core.hypernetwork import HypernetworkSettings
+from core.lift_forms import AdapterSettings
 from pipelines.feed import Feed, Task
 
 
@@ -101,10 +102,42 @@ class HypernetworkRecipe(Section):
     run: Run = Run()
 
 
-Recipe = BaseRecipe | HypernetworkRecipe
-RECIPES: dict[str, type[BaseRecipe] | type[HypernetworkRecipe]] = {"base": BaseRecipe, "hypernetwork": HypernetworkRecipe}
+class PreLiftRecipe(Section):
+    """Trains one adapter on many documents with LIFT's tasks, before any document's own LIFT (arXiv 2412.13626, section 3.4).
+
+    Task weights stand for gamma. result: `adapter` is what LIFT starts from, so it is part of every document's adapter; `base` is
+    a new base with the adapter added to its weights, hence with a fingerprint of its own.
+    """
+
+    base: str
+    adapter: AdapterSettings = AdapterSettings(kind="pissa")
+    result: Literal["adapter", "base"] = "adapter"
+    feed: Feed
+    optimiser: Optimiser = Optimiser(weight_decay=0.0)
+    stages: tuple[Stage, ...]
+    seed: int = 0
+    run: Run = Run()
+
+    @model_validator(mode="after")
+    def _can_be_added(self) -> "PreLiftRecipe":
+        if self.result == "base" and self.adapter.kind == "gated_memory":
+            raise ValueError("a gated memory cannot be added to a base's weights: choose result = 'adapter'")
+        return self
+
+
+Recipe = BaseRecipe | HypernetworkRecipe | PreLiftRecipe
+RECIPES: dict[str, type[BaseRecipe] | type[HypernetworkRecipe] | type[PreLiftRecipe]] = {
+    "base": BaseRecipe,
+    "hypernetwork": HypernetworkRecipe,
+    "pre-lift": PreLiftRecipe,
+}
+
+
+def kind_of(recipe: Recipe) -> str:
+    """The name in `RECIPES` of a recipe's kind."""
+    return next(kind for kind, section in RECIPES.items() if isinstance(recipe, section))
 
 
 def read_recipe(kind: str, values: dict[str, Any]) -> Recipe:
-    """The recipe that `model_dump` turned into JSON values; kind: base or hypernetwork."""
+    """The recipe that `model_dump` turned into JSON values; kind: a name in `RECIPES`."""
     return RECIPES[kind].model_validate(values)

@@ -1,9 +1,9 @@
 """Training runs: Ray Train starts the ranks, Ray Data feeds them, and this process shows and records what they report.
 
-In: a recipe (base or hypernetwork) and a run directory. Out, in that directory: `recipe.json` (resolved), `metrics.jsonl`,
-`tensorboard/`, `checkpoints/` (Ray Train's), and at the end `model/`, what `load_base` or `Hypernetwork.load` reads. Calling
-it again with the same directory goes on where the last checkpoint ended; a finished run is not trained again. Needs an
-initialised Ray.
+In: a recipe (base, hypernetwork or pre-LIFT) and a run directory. Out, in that directory: `recipe.json` (resolved),
+`metrics.jsonl`, `tensorboard/`, `checkpoints/` (Ray Train's), and at the end `model/`, what `load_base`, `Hypernetwork.load` or
+`core.adapter_files.load` reads. Calling it again with the same directory goes on where the last checkpoint ended; a finished run
+is not trained again. Needs an initialised Ray.
 """
 
 import json
@@ -25,7 +25,7 @@ from torch.utils.tensorboard import SummaryWriter
 from core.config import fingerprint, write_resolved
 from pipelines.feed import Position, dataset, plan, row_groups
 from pipelines.learner import train_loop
-from pipelines.recipe import BaseRecipe, Recipe
+from pipelines.recipe import BaseRecipe, HypernetworkRecipe, Recipe, kind_of
 
 Observer = Callable[[dict[str, Any]], None]
 CHECKPOINTS = "checkpoints"
@@ -48,7 +48,7 @@ def train(recipe: Recipe, run_directory: Path, observer: Observer | None = None)
     trainer = TorchTrainer(
         train_loop,
         train_loop_config={
-            "kind": "base" if isinstance(recipe, BaseRecipe) else "hypernetwork",
+            "kind": kind_of(recipe),
             "recipe": _for_workers(recipe).model_dump(mode="json"),
             "queue": (queue := Queue(actor_options={"num_cpus": 0})),
         },
@@ -103,7 +103,8 @@ def _for_workers(recipe: Recipe) -> Recipe:
 
     validation = recipe.run.validation
     run = recipe.run.model_copy(update={"validation": validation.model_copy(update={"corpus": absolute(validation.corpus)})})
-    names = ("tokenizer",) if isinstance(recipe, BaseRecipe) else ("base", "start_from")
+    names = ["tokenizer"] if isinstance(recipe, BaseRecipe) else ["base"]
+    names += ["start_from"] if isinstance(recipe, HypernetworkRecipe) else []
     return recipe.model_copy(update={"run": run} | {name: absolute(getattr(recipe, name)) for name in names})
 
 

@@ -1,6 +1,6 @@
 """Adapters in host memory: fetched from the store on demand, checked, kept under a budget of bytes, the least recently used go.
 
-In: an `AdapterRow`. Out: `LoraWeights` `[1, N]` on the CPU, in the base's type and at the engine's rank, ready to run. Entries
+In: an `AdapterRow`. Out: `AdapterWeights` `[1, N]` on the CPU, in the base's type and at the engine's rank, ready to run. Entries
 are named by adapter id and blob hash, so bytes never answer for other bytes. One load an adapter, however many requests wait for
 it; loads of different adapters run side by side, at most `parallel_loads`, off the event loop and off the token loop.
 
@@ -18,8 +18,9 @@ from dataclasses import dataclass
 
 import torch
 
-from core.adapter import AdapterSpec
-from core.lora import LoraWeights
+from core.adapter import AdapterSpec, AdapterWeights
+from core.adapter_writing import changes_anything
+from core.gated_memory import weights_of
 from core.manifest import AdapterRow
 from core.store import Store
 
@@ -58,11 +59,11 @@ class Residency:
         self._spec = spec
         self._dtype = dtype
         self._budget_bytes = budget_bytes
-        self._resident: OrderedDict[tuple[str, str], LoraWeights] = OrderedDict()
-        self._loading: dict[tuple[str, str], asyncio.Task[LoraWeights]] = {}
+        self._resident: OrderedDict[tuple[str, str], AdapterWeights] = OrderedDict()
+        self._loading: dict[tuple[str, str], asyncio.Task[AdapterWeights]] = {}
         self._pool = ThreadPoolExecutor(parallel_loads, thread_name_prefix="adapter-load")
 
-    async def get(self, row: AdapterRow) -> LoraWeights:
+    async def get(self, row: AdapterRow) -> AdapterWeights:
         """The adapter of that row. Raises `AdapterUnusable`, and what `Store.get_vector` raises.
 
         A load goes on when the request that began it is cancelled: others may wait for it.
@@ -81,7 +82,7 @@ class Residency:
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    async def _load(self, key: tuple[str, str], row: AdapterRow) -> LoraWeights:
+    async def _load(self, key: tuple[str, str], row: AdapterRow) -> AdapterWeights:
         begin = time.perf_counter()
         self.counters.loads += 1
         try:
@@ -100,7 +101,7 @@ class Residency:
         self.counters.resident_bytes = len(self._resident) * self.adapter_bytes
         return weights
 
-    def _read(self, row: AdapterRow) -> LoraWeights:
+    def _read(self, row: AdapterRow) -> AdapterWeights:
         spec = self._store.spec(row.spec_fingerprint)
         name = f"adapter {row.adapter_id}"
         if spec.with_rank(self._spec.rank) != self._spec:
@@ -110,22 +111,9 @@ class Residency:
                 f"{name} has rank {spec.rank}, and this server was started for rank {self._spec.rank}: start it again with "
                 f"max_rank={spec.rank} or more, or without max_rank, which takes the largest of the store"
             )
-        weights = LoraWeights(spec, self._store.get_vector(row).to(self._dtype)[None])
+        weights = weights_of(spec, self._store.get_vector(row).to(self._dtype)[None])
         if not weights.flat_BN.isfinite().all():
             raise AdapterUnusable(f"{name} is not finite in {self._dtype}: serve the base in a wider type")
         if not changes_anything(weights):
-            raise AdapterUnusable(f"{name} changes nothing: its product A B is zero in every linear; make it again")
-        return LoraWeights(self._spec, weights.padded(self._spec.rank).flat_BN)
-
-
-def changes_anything(weights: LoraWeights) -> bool:
-    """Whether any linear's delta A B + C is not zero, by ||A B||_F^2 = tr(A'A B B'): no I x O matrix is formed."""
-    for (layer, site, tensor), value_B in weights.tensors.items():
-        value = value_B[0].double()
-        if tensor == "C" and value.any():
-            return True
-        if tensor == "A":
-            b_RO = weights.tensors[layer, site, "B"][0].double()
-            if ((value.T @ value) * (b_RO @ b_RO.T)).sum() > 0:
-                return True
-    return False
+            raise AdapterUnusable(f"{name} changes nothing: A B is zero in every linear, or every gate stays shut; make it again")
+        return weights_of(self._spec, weights.padded(self._spec.rank).flat_BN)

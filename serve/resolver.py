@@ -6,8 +6,8 @@ A name is `base`, `base:document` in the collection that the server calls its ow
 to be shown in the context.
 
 An adapter answers only if it was made for the document's present content and for this base: its producer's `config["base"]` is
-the base's fingerprint. Of several producers the one that wrote last answers, unless one is named. A document whose adapter is
-missing (its text was edited), or that took several windows, answers in context.
+the base's fingerprint, and if it is of the kind that the engine runs. Of several producers the one that wrote last answers,
+unless one is named. A document whose adapter is missing (its text was edited), or that took several windows, answers in context.
 
 Knows nothing of tensors and HTTP. Cost: dictionary reads; `refresh_forever` asks the storage for a newer version every
 `refresh_s`, so an update is seen within that time and the time of the refresh itself.
@@ -16,8 +16,9 @@ Knows nothing of tensors and HTTP. Cost: dictionary reads; `refresh_forever` ask
 import asyncio
 import logging
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 from urllib.parse import quote, unquote
 
@@ -27,24 +28,51 @@ from core.documents import nfc
 from core.index import MAX_PAGE, continue_after
 from core.manifest import AdapterRow, DocumentRow, Producer, StoreError
 from core.store import Store
-from serve.schema import Source
+from serve.schema import Mode, Source
 
 log = logging.getLogger(__name__)
+
+NO_ADAPTER = "no adapter for this content and base yet"
 
 
 class UnknownModel(ValueError):
     """No document, and no base, of that name."""
 
 
+class ModeImpossible(ValueError):
+    """A model that cannot answer in the mode that was asked for."""
+
+
 @dataclass(frozen=True)
 class Resolution:
-    """What answers for a model name, as of one version of the store. `reason` says why a document has no adapter."""
+    """What answers for a model name, as of one version of the store.
+
+    reason: why a document has no adapter. truncated: whether the document was too long to be shown whole.
+    """
 
     model: str
     source: Source
     document: DocumentRow | None = None
     adapter: AdapterRow | None = None
     reason: str | None = None
+    truncated: bool = False
+
+    @property
+    def shown(self) -> DocumentRow | None:
+        """The document whose text stands in the prompt."""
+        return self.document if self.source in ("in_context", "adapter_in_context") else None
+
+    def in_mode(self, mode: Mode) -> "Resolution":
+        """What answers where a client asks for a mode; `ModeImpossible`, saying what is, where that cannot be."""
+        if mode == "auto":
+            return self
+        if self.document is None:
+            raise ModeImpossible(f"{self.model} is the base, which has no document: ask a document's model, or in mode auto")
+        if mode == "in_context":
+            return replace(self, source=mode, adapter=None)
+        if self.adapter is None:
+            raise ModeImpossible(f"{self.model} has no adapter to answer by ({self.reason}): ask in mode in_context or auto")
+        return replace(self, source=mode)
 
     def to_json(self) -> dict[str, JsonValue]:
         """For clients: where the answer comes from, by ids and hashes."""
@@ -59,6 +87,8 @@ class Resolution:
             values |= {"adapter": self.adapter.adapter_id, "blob": self.adapter.blob_hash}
         if self.reason is not None:
             values["reason"] = self.reason
+        if self.truncated:
+            values["truncated"] = True
         return values
 
 
@@ -73,7 +103,7 @@ class Resolver:
     """The models of one tenant. collection: the one whose documents need no collection in their model name.
 
     base_fingerprint: of the base that is served. producer: fingerprint of the only producer whose adapters may answer; None for
-    any that was made for this base.
+    any that was made for this base. `kind_name` is that of the adapters that may answer (`AdapterSpec.kind_name`).
     """
 
     def __init__(
@@ -85,6 +115,7 @@ class Resolver:
         self._base = base
         self._base_fingerprint = base_fingerprint
         self._producer = producer
+        self.kind_name = "lora"
         self._refreshed = time.monotonic()
         if store.producers() and not self._fitting():
             log.warning("no producer in %s made adapters for this base: its documents answer in context", store.url)
@@ -126,11 +157,11 @@ class Resolver:
         models += [self._of_document(row, fitting) for row in page.rows]
         return Listing(models[:limit], page.next_token is not None or len(models) > limit)
 
-    def answering(self) -> Iterator[AdapterRow]:
-        """The adapters that answer now, document by document. One pass over the tenant's rows in memory, 10 us a document."""
+    def answering(self, kind_name: str) -> Iterator[AdapterRow]:
+        """The adapters of a kind that answer, document by document, where that kind is served. 10 us a document."""
         fitting, page = self._fitting(), self._store.list_documents(self._tenant, limit=MAX_PAGE)
         while True:
-            resolutions = (self._of_document(row, fitting) for row in page.rows)
+            resolutions = (self._of_document(row, fitting, kind_name) for row in page.rows)
             yield from (resolution.adapter for resolution in resolutions if resolution.adapter is not None)
             if page.next_token is None:
                 return
@@ -175,15 +206,17 @@ class Resolver:
                 return collection, name
         return None
 
-    def _of_document(self, document: DocumentRow, fitting: Iterable[str]) -> Resolution:
-        model = self.model_name(document.collection, document.name)
-        rows = [
-            row
-            for row in self._store.find_adapters(self._tenant, document.content_hash, self._producer)
-            if row.producer_fingerprint in fitting
-        ]
+    def _of_document(self, document: DocumentRow, fitting: Iterable[str], kind_name: str | None = None) -> Resolution:
+        model, kind_name = self.model_name(document.collection, document.name), kind_name or self.kind_name
+        kinds: defaultdict[str, list[AdapterRow]] = defaultdict(list)
+        for row in self._store.find_adapters(self._tenant, document.content_hash, self._producer):
+            if row.producer_fingerprint in fitting:
+                kinds[self._store.spec(row.spec_fingerprint).kind_name].append(row)
+        rows = kinds[kind_name]
         if not rows:
-            return Resolution(model, "in_context", document, reason="no adapter for this content and base yet")
+            others = " and ".join(sorted(kinds.keys() - {kind_name}))
+            reason = f"its adapter is a {others}, and this server runs {kind_name}" if others else NO_ADAPTER
+            return Resolution(model, "in_context", document, reason=reason)
         newest = max(rows, key=lambda row: (row.created, row.adapter_id))
         windows = {row.window for row in rows if row.producer_fingerprint == newest.producer_fingerprint}
         if len(windows) > 1:

@@ -6,7 +6,7 @@ Knows nothing of models, stores or the server.
 Where absent, `temperature` is 0 (greedy, as in offline evaluation; OpenAI's default is 1). A parameter that would change the
 answer and is not built is refused, unless it has the value that asks for nothing; one that changes nothing (`user`, `metadata`,
 ...) is read and dropped. Additions: `ignore_eos` in requests (as in vLLM: end marks do not end the answer), `imprint` in
-responses, which says where the answer comes from.
+requests, whose `mode` says where the answer shall come from, and `imprint` in responses, which says where it does come from.
 """
 
 import time
@@ -15,7 +15,8 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, TypeAdapter, ValidationError
 
-Source = Literal["adapter", "in_context", "base"]
+Source = Literal["adapter", "in_context", "adapter_in_context", "base"]
+Mode = Literal["auto", "adapter", "in_context", "adapter_in_context"]
 FinishReason = Literal["stop", "length"]
 
 NEUTRAL: dict[str, tuple[JsonValue, ...]] = {
@@ -109,6 +110,12 @@ class StreamOptions(_Body):
     include_obfuscation: bool = False
 
 
+class Extension(_Body):
+    """Imprint's own wishes. mode: where a document's answer shall come from; `auto` is its adapter, else its text in context."""
+
+    mode: Mode = "auto"
+
+
 class _Generation(_Body):
     """What both endpoints share."""
 
@@ -123,6 +130,7 @@ class _Generation(_Body):
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     ignore_eos: bool = False
+    imprint: Extension = Extension()
 
 
 class ChatRequest(_Generation):

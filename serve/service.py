@@ -1,7 +1,8 @@
 """From a request to its answer: resolve the model, have the adapter in memory, build the prompt, run the engine, give out text.
 
-In: `ChatRequest`s and `CompletionRequest`s. Out: `Answer`s, whose pieces come as they are made, and `ApiError`s. Knows nothing of
-HTTP and Ray. Texts of requests and answers are never logged.
+In: `ChatRequest`s and `CompletionRequest`s. Out: `Answer`s, whose pieces come as they are made, and `ApiError`s. A prompt with a
+document that is too long is cut in the middle (LIFT's head and tail), which the answer says. Knows nothing of HTTP and Ray.
+Texts of requests and answers are never logged.
 """
 
 import asyncio
@@ -10,18 +11,20 @@ import uuid
 from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import NamedTuple, get_args
 
+from core.adapter import AdapterSpec, AdapterWeights, Gate
 from core.base_model import BaseModel
 from core.engine import Engine, Request, Sampling, Token
-from core.lora import LoraWeights
+from core.gated_memory import memory_spec
+from core.lift_examples import Wording
 from core.manifest import StoreError
-from core.prompts import encode, in_context, prompt, stop_ids
+from core.prompts import encode, head_tail, in_context, prompt, stop_ids
 from core.store import Store
 from serve.engines import AsyncEngine, Draining, EngineFailed, Overloaded, Refused
 from serve.residency import AdapterUnusable, Residency
-from serve.resolver import Resolution, Resolver, UnknownModel
+from serve.resolver import ModeImpossible, Resolution, Resolver, UnknownModel
 from serve.schema import ApiError, ChatRequest, CompletionRequest, FinishReason
 from serve.settings import ServeSettings
 from serve.text import AnswerText
@@ -30,6 +33,7 @@ log = logging.getLogger(__name__)
 
 RETRY_AFTER_S = 1
 RANK_OF_AN_EMPTY_STORE = 8
+ELLIPSIS = Wording().ellipsis
 
 
 class Piece(NamedTuple):
@@ -72,7 +76,8 @@ class Service:
         self.resolver = Resolver(
             store, settings.tenant, settings.collection, settings.served_name, base.fingerprint, settings.producer
         )
-        spec = base.spec(settings.max_rank or _largest_rank(base, store, self.resolver))
+        spec = _served_spec(base, store, self.resolver, settings)
+        self.resolver.kind_name = spec.kind_name
         self.residency = Residency(store, spec, base.dtype, run.adapter_memory_bytes, run.parallel_loads)
         self.engine = AsyncEngine(
             Engine(base, spec, run.slots, run.max_length, run.prefill_tokens_per_step), max_queued=run.max_queued_requests
@@ -98,15 +103,26 @@ class Service:
     async def answer(self, body: ChatRequest | CompletionRequest) -> AsyncIterator[Answer]:
         """Begins an answer and ends it on leaving. `ApiError` where there is none to be had; its pieces may raise it too."""
         with as_api_errors(), self.engine.admitted():
-            resolution = self.resolver.resolve(body.model)
+            resolution = self.resolver.resolve(body.model).in_mode(body.imprint.mode)
             adapter = None if resolution.adapter is None else await self.residency.get(resolution.adapter)
-            document = resolution.document if resolution.source == "in_context" else None
-            shown = None if document is None else await asyncio.to_thread(self.resolver.text, document)
-            prompt_ids = await asyncio.get_running_loop().run_in_executor(self._reading, self._prompt_ids, body, shown)
+            shown = None if resolution.shown is None else await asyncio.to_thread(self.resolver.text, resolution.shown)
+            prompt_ids, cut = await asyncio.get_running_loop().run_in_executor(self._reading, self._fitting_ids, body, shown)
+            resolution = replace(resolution, truncated=cut)
             request = self._request(body, prompt_ids, adapter)
             text = AnswerText(self._tokenizer, body.stop, strip=isinstance(body, ChatRequest))
             async with self.engine.submitted(request) as tokens:
                 yield Answer(request.request_id, resolution, len(prompt_ids), _pieces(tokens, text))
+
+    def _fitting_ids(self, body: ChatRequest | CompletionRequest, shown: str | None) -> tuple[Sequence[int], bool]:
+        """The prompt, and whether it was cut in the middle to leave room for the answer: of the document alone, or not at all."""
+        prompt_ids, limit = self._prompt_ids(body, shown), self.engine.max_length
+        room = limit - (body.wanted_tokens or min(self._run.default_max_tokens, limit // 4))
+        if shown is None or len(prompt_ids) <= room:
+            return prompt_ids, False
+        ellipsis_ids = encode(self._tokenizer, ELLIPSIS)
+        if len(self._prompt_ids(body, "")) > room // 2 - len(ellipsis_ids):
+            return prompt_ids, False
+        return head_tail(prompt_ids, room, ellipsis_ids), True
 
     def _prompt_ids(self, body: ChatRequest | CompletionRequest, shown: str | None) -> Sequence[int]:
         """All that the base sees. A document that is shown stands before the first message of the user, or before the prompt."""
@@ -126,7 +142,9 @@ class Service:
             return asked if shown is None else [*encode(self._tokenizer, in_context(shown, "")), *asked]
         return encode(self._tokenizer, asked if shown is None else in_context(shown, asked))
 
-    def _request(self, body: ChatRequest | CompletionRequest, prompt_ids: Sequence[int], adapter: LoraWeights | None) -> Request:
+    def _request(
+        self, body: ChatRequest | CompletionRequest, prompt_ids: Sequence[int], adapter: AdapterWeights | None
+    ) -> Request:
         param, limit = ("messages" if isinstance(body, ChatRequest) else "prompt"), self.engine.max_length
         room = limit - len(prompt_ids)
         max_tokens = body.wanted_tokens or min(self._run.default_max_tokens, max(room, 1))
@@ -147,11 +165,25 @@ class Service:
         )
 
 
-def _largest_rank(base: BaseModel, store: Store, resolver: Resolver) -> int:
-    """Of the adapters that answer now and fit the base."""
-    specs = [store.spec(fingerprint) for fingerprint in {row.spec_fingerprint for row in resolver.answering()}]
-    served = base.spec(1)
-    return max((spec.rank for spec in specs if spec.with_rank(1) == served), default=RANK_OF_AN_EMPTY_STORE)
+def _served_spec(base: BaseModel, store: Store, resolver: Resolver, settings: ServeSettings) -> AdapterSpec:
+    """Of the preferred kind that has adapters for this base which may answer now; at the largest rank of theirs."""
+    lora, memories = base.spec(1), _memory_specs(base)
+    wanted = [lora, *memories] if settings.kind == "lora" else [*memories, lora]
+    for kind in wanted:
+        specs = [store.spec(fingerprint) for fingerprint in {row.spec_fingerprint for row in resolver.answering(kind.kind_name)}]
+        if ranks := [spec.rank for spec in specs if spec.with_rank(1) == kind]:
+            return kind.with_rank((settings.max_rank if kind.kind == settings.kind else None) or max(ranks))
+    if settings.kind == "lora" or not memories:
+        return lora.with_rank(settings.max_rank or RANK_OF_AN_EMPTY_STORE)
+    return memory_spec(base, settings.max_rank)
+
+
+def _memory_specs(base: BaseModel) -> list[AdapterSpec]:
+    """Gated memories of width 1 with either gate; none for a base that they do not fit."""
+    try:
+        return [memory_spec(base, 1, gate) for gate in get_args(Gate)]
+    except ValueError:
+        return []
 
 
 async def _pieces(tokens: AsyncIterator[Token], text: AnswerText) -> AsyncIterator[Piece]:
@@ -178,6 +210,8 @@ def as_api_errors() -> Iterator[None]:
     """What the parts raise, as what a client is told."""
     try:
         yield
+    except ModeImpossible as error:
+        raise ApiError(400, str(error), param="imprint.mode", code="mode_impossible") from None
     except UnknownModel as error:
         raise ApiError(404, str(error), param="model", code="model_not_found") from None
     except Refused as error:

@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
+from core.adapter import Kind
 from core.config import RunSection, Section
 
 
@@ -38,8 +39,10 @@ class ServeSettings(Section):
     """What is served. base: a directory or a Hugging Face name; store: a path or URL.
 
     collection: the one whose documents are `served_name:document`. producer: fingerprint of the only producer whose adapters may
-    answer, by default the one that wrote last for this base. max_rank: of the adapters, by default the largest that the store has
-    for this base when the server starts (8 where it has none yet); all take as much memory as this rank.
+    answer, by default the one that wrote last for this base. kind: of the adapters that the engine runs, where the store has
+    both; documents that have the other kind alone answer in context. max_rank: of adapters of this kind (of a gated memory the
+    width), by default the largest that the store has for this base when the server starts (8 where it has none yet); all take as
+    much memory as this rank.
     """
 
     base: str
@@ -49,5 +52,6 @@ class ServeSettings(Section):
     served_name: str = Field(default="base", min_length=1)
     dtype: Literal["float32", "bfloat16"] = "float32"
     producer: str | None = None
+    kind: Kind = "lora"
     max_rank: PositiveInt | None = None
     run: ServeRun = ServeRun()

@@ -15,10 +15,11 @@ import imprint
 from benchmarks.readme import rendered
 from core.base_model import load_base
 from core.hypernetwork import Hypernetwork
+from core.store import Store
 from tests.test_shine_parity import GOLDEN, golden_base, golden_settings
 
 ROOT = Path(imprint.__file__).parent
-COMMANDS = ("world", "train", "convert", "serve", "ask", "evaluate", "import-shine", "export", "demo")
+COMMANDS = ("world", "train", "convert", "lift", "serve", "ask", "evaluate", "import-shine", "export", "demo")
 
 
 def run(*arguments: str) -> str:
@@ -111,3 +112,34 @@ def test_readme_path_from_world_to_peft(said_by_ray, tmp_path, monkeypatch):
         exported = peft.PeftModel.from_pretrained(model, "runs/peft").base_model.model.model.layers[0].self_attn.q_proj
         delta = exported.get_delta_weight("default").T
     assert torch.allclose(delta, (a_BIR @ b_BRO)[0], atol=2**-7 * delta.abs().max())
+
+
+def test_lift_is_convert_by_another_method(ray_local, tmp_path):
+    """Of both kinds, into one store: a second method adds adapters, a rerun adds none, and PEFT gets the lora."""
+    corpus, store = tmp_path / "corpus", tmp_path / "store"
+    corpus.mkdir()
+    (corpus / "one.txt").write_text("The colour of the coat of Vostilo is crimson. The hobby of Vostilo is chess.")
+    (corpus / "none.txt").write_text("x")
+    changes = [
+        part
+        for change in ("run.actors=1", "run.buffer_documents=4", f"lift.run.scratch={tmp_path}")
+        for part in ("--set", change)
+    ]
+    fast = ["--preset", "v4_fast", *changes, "--set", "lift.serving_rank=4"]
+    memory = ["--method", "lift", "--preset", "v4_fast", *changes, "--set", "lift.settings.adapter.kind=gated_memory"]
+    said = run("convert", str(corpus), str(store), *memory)
+    assert "2 documents: 1 converted, 0 shared, 0 unchanged, 1 rejected" in said and "not lifted" in said and "quality" in said
+    assert "gated memory, which PEFT knows no form of" in fail("export", str(store), "one.txt", str(tmp_path / "peft"))
+    said = run("lift", str(corpus), str(store), *fast)
+    assert "1 converted" in said and "cut to the serving rank, relative error" in said and "lost by the cut in rank" in said
+    assert "1 unchanged, 1 rejected" in run("lift", str(corpus), str(store), *fast)
+    opened = Store.open(store)
+    rows = opened.find_adapters("default", opened.find_document("default", "default", "one.txt").content_hash)
+    assert [opened.spec(row.spec_fingerprint).kind for row in rows] == ["gated_memory", "lora"]
+    assert [row.rank for row in rows][1] == 4 and rows[1].error > 0 and rows[1].quality is not None
+    assert not list((tmp_path / "states").iterdir())
+    run("export", str(store), "one.txt", str(tmp_path / "peft"))
+    assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["r"] == 4
+    assert "preset 'v9' is not known" in fail("lift", str(corpus), str(store), "--preset", "v9")
+    source = ["--set", "lift.questions.endpoint.model=m", "--set", "lift.questions.endpoint.run.api_key_variable=NO_SUCH_KEY"]
+    assert "NO_SUCH_KEY is not set" in fail("lift", str(corpus), str(store), *source)

@@ -17,11 +17,12 @@ from core.adapter_writing import WindowRule
 from core.base_model import BaseModel, load_base
 from core.documents import windows
 from core.hypernetwork import Hypernetwork, HypernetworkSettings
+from core.lift_writing import LiftRecipe
 from core.lora import LoraWeights, compose, recompress
 from core.prompts import encode
 from core.store import Store
 from pipelines import sources
-from pipelines.convert import ConvertRecipe, ConvertRun, convert
+from pipelines.convert import ConvertRecipe, ConvertRun, _Convert, convert, prepare
 from pipelines.world_tokenizer import build_tokenizer
 
 MAX_TOKENS = 60
@@ -251,6 +252,57 @@ def test_tenants_and_encodings_share_nothing(ray_local: Any, recipe: ConvertReci
     assert base.tokenizer is not None
     expected = alone(hypernetwork, encode(base.tokenizer, "Document 4."))
     torch.testing.assert_close(vectors["acme"][4], expected.flat_BN[0], rtol=2**-8, atol=1e-5)
+
+
+def test_an_actor_that_is_stopped_goes_on_document_by_document(recipe: ConvertRecipe, tmp_path: Path) -> None:
+    """LIFT, without Ray: what was finished is committed, what was in training is resumed, and both end as if never stopped."""
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for number in range(3):
+        (corpus / f"{number}.txt").write_text(" ".join(f"Item {place} of list {number} is red." for place in range(3 - number)))
+    (corpus / "twin.txt").write_text((corpus / "1.txt").read_text())
+    [read] = sources.read(sources.open_source(str(corpus), "acme", "docs"))
+    rows = prepare(read, build_tokenizer())
+    adapter = {"kind": "lora", "rank": 4, "scale": 1.0}
+    lift = {
+        "preset": "v4_fast",
+        "serving_rank": 2,
+        "settings": {"adapter": adapter},
+        "run": {"scratch": str(tmp_path / "scratch"), "slots": 2},
+    }
+    run = recipe.run.model_copy(update={"commit_s": 1e-9})
+    changes = {"method": "lift", "hypernetwork": None, "lift": LiftRecipe.model_validate(lift), "run": run}
+    lifted = recipe.model_copy(update=changes)
+
+    def statuses(table: pa.Table) -> dict[str, str]:
+        return {row["name"]: row["status"] for row in table.to_pylist()}
+
+    def vectors(url: str) -> dict[str, torch.Tensor]:
+        store = Store.open(url)
+        found = [
+            adapter for row in store.list_documents("acme").rows for adapter in store.find_adapters("acme", row.content_hash)
+        ]
+        assert all(row.error is not None and row.error > 0 and row.quality is not None for row in found)
+        return {row.content_hash: store.get_vector(row) for row in found}
+
+    stopped, whole = str(tmp_path / "stopped"), str(tmp_path / "whole")
+    for url in (stopped, whole):
+        Store.open(url, create=True)
+    begun = _Convert(stopped, lifted)(rows)
+    first = statuses(next(begun))
+    begun.close()
+    assert set(first.values()) <= {"converted", "shared"} and 1 <= len(vectors(stopped)) < 3
+    assert len(list((tmp_path / "scratch" / "states").iterdir())) == 1
+    again: dict[str, str] = {}
+    for table in _Convert(stopped, lifted)(rows):
+        again |= statuses(table)
+    assert {name for name, status in again.items() if status == "unchanged"} == first.keys() and len(again) == 4
+    assert not list((tmp_path / "scratch" / "states").iterdir())
+    [_, *_] = _Convert(whole, lifted)(rows)
+    resumed, expected = vectors(stopped), vectors(whole)
+    assert resumed.keys() == expected.keys() and len(expected) == 3
+    for content_hash, vector in expected.items():
+        torch.testing.assert_close(resumed[content_hash], vector, rtol=1e-3, atol=1e-5)
 
 
 def alone(hypernetwork: Hypernetwork, ids: list[int]) -> LoraWeights:

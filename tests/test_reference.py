@@ -42,10 +42,10 @@ def test_adapters_answer_for_unseen_documents_and_only_for_their_own(reference):
     report = evaluate(base, hypernetwork, list(generate(WorldSpec(seed=99, split="test", count=40))))
     group = report.groups["level_1"]
     assert group.scores["in_context"]["one_fact"].exact_match.mean > 0.97
-    assert group.ratio_one_fact > 0.5
+    assert group.ratio_one_fact > 0.95
     assert group.scores["other_adapter"]["all"].exact_match.mean < 0.15
     assert group.scores["question_only"]["all"].exact_match.mean < 0.15
-    assert group.collapse["ratio"] > 0.4
+    assert group.collapse["ratio"] > 0.8
 
 
 @pytest.mark.slow
@@ -55,7 +55,7 @@ def test_the_demo_runs_and_leaves_nothing_behind(tmp_path):
     report = json.loads((tmp_path / "demo" / "report.json").read_text())
     scores = report["exact_match"]
     assert set(scores) == {"question_only", "in_context", "adapter", "other_adapter", "mean_adapter"}
-    assert scores["adapter"] > 0.4 > 0.15 > scores["other_adapter"]
+    assert scores["adapter"] > 0.9 > 0.15 > scores["other_adapter"]
     assert report["seconds"] < 600
     assert {file.name for file in (tmp_path / "demo").iterdir()} >= {"report.md", "training.png", "exact_match.png", "store"}
 

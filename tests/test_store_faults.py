@@ -91,9 +91,9 @@ def forge(path: Path, change: Callable[[dict], object]) -> None:
 
 def test_an_unknown_format_says_which_version_reads_it(tmp_path: Path) -> None:
     store_with_one(tmp_path)
-    forge(tmp_path, lambda root: root.update(format_version=2, something="new"))
+    forge(tmp_path, lambda root: root.update(format_version=3, something="new"))
     with pytest.raises(
-        ValueError, match=r"roots/0+2\.json has format version 2, and this Imprint reads version 1.*reads format version 2"
+        ValueError, match=r"roots/0+2\.json has format version 3, and this Imprint reads version 2.*reads format version 3"
     ):
         Store.open(tmp_path)
 
