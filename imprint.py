@@ -39,6 +39,7 @@ StoreArgument = Annotated[str, typer.Argument(help="The store; made where there 
 class Kind(StrEnum):
     base = "base"
     hypernetwork = "hypernetwork"
+    pre_lift = "pre-lift"
 
 
 class Method(StrEnum):
@@ -133,7 +134,7 @@ def train(
     recipe: Annotated[Path | None, typer.Option(help="TOML recipe; the reference recipe where none is given.")] = None,
     changes: Overrides = None,
 ) -> None:
-    """Trains a base from nothing, or a hypernetwork for a frozen base, with Ray Train and DeepSpeed.
+    """Trains a base from nothing, a hypernetwork for a frozen base, or pre-LIFT's adapter, with Ray Train and DeepSpeed.
 
     Example: `imprint train hypernetwork --run runs/mine --set run.workers=2`
     """

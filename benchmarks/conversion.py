@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 from transformers.utils import logging
 
 from benchmarks.record import RESULTS, write_result
-from core.adapter_writing import HypernetworkWriter, Written
+from core.adapter_writing import AdapterWriter, Written
 from core.base_model import load_base
 from core.documents import Document
 from core.hypernetwork import Hypernetwork, HypernetworkSettings
@@ -63,7 +63,7 @@ def build(folder: Path, documents: int, run: ConvertRun) -> tuple[Path, ConvertR
     return corpus, ConvertRecipe(base=str(folder / "base"), hypernetwork=str(folder / "hypernetwork"), run=run)
 
 
-def plain_loop(writer: HypernetworkWriter, corpus: Path, store: Path, documents: int, commit_documents: int) -> float:
+def plain_loop(writer: AdapterWriter, corpus: Path, store: Path, documents: int, commit_documents: int) -> float:
     """Documents per second, one document at a time."""
     target = Store.open(store, create=True)
     tokenizer = writer.tokenizer

@@ -174,6 +174,10 @@ class Lift:
         self.waiting = False
         """Whether no document could train at the last step: all wait for questions."""
 
+    def check_start(self, start: AdapterWeights) -> None:
+        """Raises `ValueError` for adapters that no job could start from."""
+        self._form.initial(torch.Generator(), start)
+
     @property
     def free(self) -> int:
         """Slots without a document."""

@@ -27,9 +27,10 @@ from pydantic import Field, JsonValue, NonNegativeFloat, NonNegativeInt, Positiv
 from safetensors import SafetensorError
 from torch import Tensor
 
+from core import adapter_files
 from core.adapter import AdapterWeights
 from core.adapter_writing import AdapterWriter, HypernetworkWriter, Outcome, Rejected, WindowRule, Written, changes_anything
-from core.base_model import BaseModel
+from core.base_model import BaseModel, hash_tensors
 from core.codec import Encoding, decode, encode
 from core.config import Section, identity
 from core.documents import NORMALISER, Document, Window
@@ -40,7 +41,7 @@ from core.lift import Job, Lift, LiftResult, LiftState
 from core.lift_course import FixedQuestions, PolledQuestions, Questions
 from core.lift_examples import question_example
 from core.lift_settings import PRESETS, V4, LiftRun, LiftSettings
-from core.lora import LoraWeights, recompress
+from core.lora import LoraWeights, recompress, stack
 from core.manifest import Producer, adapter_id
 from core.prompts import encode as tokenise
 from core.question_endpoint import PROMPT_VERSION, EndpointSettings
@@ -86,13 +87,15 @@ class LiftWritingRun(LiftRun):
 class LiftRecipe(Section):
     """How a corpus is lifted: one of the papers' settings by name, and what `settings` change of it.
 
-    An `adapter` of another kind than the preset's begins at the defaults, not at the preset's. serving_rank: LoRAs above it are
-    cut to it; None stores them as they were trained. A gated memory is stored as it is.
+    pre_lift: directory of the adapter that pre-LIFT trained on other documents (core.adapter_files); every document starts from
+    it, so it is part of every adapter. An `adapter` of another kind than the preset's begins at the defaults, not at the
+    preset's. serving_rank: LoRAs above it are cut to it; None stores them as trained. A gated memory is stored as it is.
     """
 
     preset: str = "v4"
     settings: LiftSettings = V4
     questions: QuestionSource = QuestionSource()
+    pre_lift: str | None = None
     serving_rank: PositiveInt | None = 16
     run: LiftWritingRun = LiftWritingRun()
 
@@ -176,6 +179,9 @@ class LiftWriter(AdapterWriter):
         self.spec = stored.with_rank(recipe.serving_rank) if self._cuts and recipe.serving_rank else stored
         self._asks = any("questions" in stage.tasks for stage in recipe.settings.curriculum.stages)
         self._starts = None if hypernetwork is None else self._starting(hypernetwork, rule or WindowRule())
+        self._pre_lift = None if recipe.pre_lift is None else adapter_files.load(recipe.pre_lift, base)
+        if self._pre_lift is not None:
+            self._lift.check_start(self._pre_lift)
         self._scratch = None if recipe.run.scratch is None else Path(recipe.run.scratch)
         if self._scratch is not None:
             (self._scratch / "states").mkdir(parents=True, exist_ok=True)
@@ -190,6 +196,7 @@ class LiftWriter(AdapterWriter):
                 "settings": identity(recipe.settings),
                 "questions": recipe.questions.producer() if self._asks else None,
                 "start": None if self._starts is None else self._starts.producer.fingerprint,
+                "pre_lift": None if self._pre_lift is None else hash_tensors([("flat_BN", self._pre_lift.flat_BN)]),
                 "cut_to_rank": self.spec.rank if self._cuts else None,
             },
         )
@@ -277,13 +284,15 @@ class LiftWriter(AdapterWriter):
 
     def _job(self, lifted: _Lifted, ids: Sequence[int]) -> Job | Rejected:
         """A document to train, from where it was left or from its start."""
-        document, state, start = lifted.document, self._saved(lifted.adapter_id), None
+        document, state, start = lifted.document, self._saved(lifted.adapter_id), self._pre_lift
         if state is None and self._starts is not None:
             [outcome] = self._starts.write([document], [ids])
             if isinstance(outcome, Rejected):
                 return Rejected(f"no adapter to start from: {outcome.reason}")
-            spec = self._starts.spec
-            start = LoraWeights(spec, torch.stack([decode(new.blob(), spec.numel, "fp32") for new in outcome.adapters]))
+            spec, device = self._starts.spec, self._base.device
+            flat_BN = torch.stack([decode(new.blob(), spec.numel, "fp32") for new in outcome.adapters])
+            generated = LoraWeights(spec, flat_BN.to(device))
+            start = generated if start is None else stack([start, generated])
         return Job(document.content_hash, document.text, document.title, lifted.questions, start, state)
 
     def _finish(self, lifted: _Lifted, result: LiftResult) -> Outcome:

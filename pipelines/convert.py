@@ -124,14 +124,16 @@ def convert(
 
 
 def _checked(recipe: ConvertRecipe) -> ConvertRecipe:
-    """With a scratch folder that is the same in every process. On a local Ray, an endpoint's missing key is found here."""
+    """With local paths that are the same in every process. On a local Ray, an endpoint's missing key is found here."""
     lift = recipe.lift
     if recipe.method == "lift" and lift.questions.endpoint is not None and "RAY_ADDRESS" not in os.environ:
         api_key(lift.questions.endpoint.run)
-    if lift.run.scratch is None:
-        return recipe
-    run = lift.run.model_copy(update={"scratch": str(Path(lift.run.scratch).resolve())})
-    return recipe.model_copy(update={"lift": lift.model_copy(update={"run": run})})
+    changes: dict[str, object] = {}
+    if lift.pre_lift is not None:
+        changes["pre_lift"] = str(Path(lift.pre_lift).resolve())
+    if lift.run.scratch is not None:
+        changes["run"] = lift.run.model_copy(update={"scratch": str(Path(lift.run.scratch).resolve())})
+    return recipe.model_copy(update={"lift": lift.model_copy(update=changes)})
 
 
 def receipts(corpus: sources.Source, store_url: str, recipe: ConvertRecipe) -> Iterator[list[Receipt]]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
+from core import adapter_files
 from core.adapter import AdapterWeights
 from core.adapter_writing import Outcome, Rejected, Written, changes_anything
 from core.base_model import BaseModel
@@ -22,7 +23,7 @@ from core.lift import Job, train
 from core.lift_course import FixedQuestions
 from core.lift_settings import PRESETS
 from core.lift_writing import LiftRecipe, LiftWriter, recall
-from core.lora import LoraWeights, recompress
+from core.lora import LoraWeights, compose, recompress
 from core.prompts import encode
 from core.question_writing import write_by_rules
 from core.store import Store
@@ -241,6 +242,31 @@ def test_lift_starts_from_what_the_hypernetwork_writes() -> None:
     only_q = recipe.settings.model_copy(update={"adapter": recipe.settings.adapter.model_copy(update={"sites": ("q",)})})
     with pytest.raises(ValueError, match="LIFT trains none"):
         LiftWriter(base, recipe.model_copy(update={"settings": only_q}), hypernetwork=HYPERNETWORK)
+
+
+def test_lift_starts_from_pre_lift_alone_and_beside_the_hypernetwork(tmp_path: Path) -> None:
+    base, one = HYPERNETWORK.base, document("Balmora lives in the old town. The old town is near Vostilo.")
+    taught = random_adapters(base, 1, rank=3)
+    adapter_files.save(taught, base, tmp_path / "taught")
+    recipe = recipe_of(epochs=1, learning_rate=1e-9, pre_lift=str(tmp_path / "taught"), serving_rank=None)
+    rank = taught.spec.rank + HYPERNETWORK.spec.rank
+    wide = recipe.settings.model_copy(update={"adapter": recipe.settings.adapter.model_copy(update={"rank": rank})})
+    recipe = recipe.model_copy(update={"settings": wide})
+    ids = torch.tensor([encode(base.tokenizer, one.text)])
+    with torch.no_grad():
+        both = compose([taught, HYPERNETWORK.generate(ids, torch.ones_like(ids))])
+    producers = {LiftWriter(base, recipe_of()).producer.fingerprint}
+    for hypernetwork, expected in ((None, taught), (HYPERNETWORK, both)):
+        writer = LiftWriter(base, recipe, "fp32", hypernetwork)
+        [outcome] = writer.write([one])
+        lifted = stored(outcome)
+        assert isinstance(lifted, LoraWeights)
+        (a, b), (c, d) = lifted.factors(2, "down"), expected.factors(2, "down")
+        torch.testing.assert_close(a @ b, c @ d, rtol=1e-3, atol=1e-6)
+        producers.add(writer.producer.fingerprint)
+    assert len(producers) == 3
+    with pytest.raises(ValueError, match="of kind lora"):
+        LiftWriter(base, recipe_of("gated_memory", pre_lift=str(tmp_path / "taught")))
 
 
 def test_a_memory_that_cannot_open_changes_nothing() -> None:
