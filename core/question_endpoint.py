@@ -252,9 +252,7 @@ class Endpoint:
     structured: bool = True
     """Whether `response_format` is still sent; a server that answers only without it is remembered."""
 
-    async def ask(
-        self, client: httpx.AsyncClient, document: Document, passage: Passage, body: dict[str, Any]
-    ) -> Reply | Lost:
+    async def ask(self, client: httpx.AsyncClient, document: Document, passage: Passage, body: dict[str, Any]) -> Reply | Lost:
         """One passage with all its retries; never raises for a fault of the endpoint."""
         run, spent = self.settings.run, _Spent()
         failed = unusable = 0

@@ -261,7 +261,7 @@ def _gap_question(draw: random.Random, left: str, right: str) -> str:
     if at_end and choice < 0.6:
         return draw.choice(END_FRAMES).format(quoted=_quote(f"{left.rstrip()} ..."), left=left.rstrip(" \"'“«("))
     if at_start and choice < 0.6:
-        verb = right.strip().rstrip(".!?…\"”»")
+        verb = right.strip().rstrip('.!?…"”»')
         return draw.choice(START_FRAMES).format(quoted=_quote(f"... {verb}"), right=verb)
     return draw.choice(GAP_FRAMES).format(quoted=_quote(f"{left}{BLANK}{right}"))
 

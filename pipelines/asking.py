@@ -8,7 +8,7 @@ examples of all documents are in memory, about 20 kB a document.
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
@@ -18,6 +18,7 @@ from pydantic import PositiveInt
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from core.adapter import AdapterWeights
 from core.base_model import BaseModel
 from core.config import RunSection
 from core.engine import Request, generate
@@ -132,30 +133,46 @@ class Asker:
         self,
         questions: Questions,
         numbers: Sequence[int],
-        weights: LoraWeights | None = None,
+        weights: AdapterWeights | None = None,
         index: Sequence[int] | None = None,
         show_document: bool = False,
     ) -> Result:
         """Asks the questions of these numbers; with `show_document` below their documents, otherwise alone."""
+        return self.score(
+            [questions.prompts[show_document][number] for number in numbers],
+            [questions.examples[show_document][number] for number in numbers],
+            [questions.asked[number].answers for number in numbers],
+            questions.answer_tokens,
+            weights,
+            index,
+        )
+
+    def score(
+        self,
+        prompts: Sequence[Sequence[int]],
+        examples: Sequence[Example],
+        golds: Sequence[Sequence[str]],
+        max_tokens: int,
+        weights: AdapterWeights | None = None,
+        index: Sequence[int] | None = None,
+    ) -> Result:
+        """Answers of up to `max_tokens` to prompts, held against the accepted ones, and the losses of `examples`."""
         started = time.monotonic()
-        prompts = [questions.prompts[show_document][number] for number in numbers]
-        answers = self._answers(prompts, weights, index, questions.answer_tokens)
+        answers = self._answers(prompts, weights, index, max_tokens)
         seconds = time.monotonic() - started
-        examples = [questions.examples[show_document][number] for number in numbers]
-        golds = [questions.asked[number].answers for number in numbers]
         return Result(
             answers,
             np.array([exact_match(answer, gold) for answer, gold in zip(answers, golds, strict=True)], dtype=float),
             np.array([f1(answer, gold) for answer, gold in zip(answers, golds, strict=True)]),
-            np.array(self._losses(examples, weights, index)),
+            np.array(self.losses(examples, weights, index)),
             np.array([example.tokens for example in examples]),
             seconds,
         )
 
     def _answers(
-        self, prompts: Sequence[Sequence[int]], weights: LoraWeights | None, index: Sequence[int] | None, max_tokens: int
+        self, prompts: Sequence[Sequence[int]], weights: AdapterWeights | None, index: Sequence[int] | None, max_tokens: int
     ) -> list[str]:
-        adapters: list[LoraWeights | None] = [None] * len(prompts)
+        adapters: list[AdapterWeights | None] = [None] * len(prompts)
         if weights is not None and index is not None:
             single = [weights.select(slice(place, place + 1)) for place in range(len(weights))]
             adapters = [single[place] for place in index]
@@ -168,7 +185,9 @@ class Asker:
         said = [completions[request.request_id].token_ids for request in requests]
         return [clean_answer(cast(str, self.tokenizer.decode(ids, skip_special_tokens=True))) for ids in said]
 
-    def _losses(self, examples: Sequence[Example], weights: LoraWeights | None, index: Sequence[int] | None) -> list[float]:
+    def losses(
+        self, examples: Sequence[Example], weights: AdapterWeights | None = None, index: Sequence[int] | None = None
+    ) -> list[float]:
         """Summed loss of each example, in nats."""
         losses = [0.0] * len(examples)
         by_length = sorted(range(len(examples)), key=lambda row: len(examples[row].ids))
@@ -176,7 +195,9 @@ class Asker:
             rows = by_length[start : start + self.run.slots]
             batch = collate([examples[row] for row in rows], _pad_id(self.tokenizer)).to(self.base.device)
             index_B = None if index is None else torch.tensor([index[row] for row in rows])
-            for row, loss in zip(rows, row_losses(self.base, batch, weights, index_B).tolist(), strict=True):
+            with nullcontext() if weights is None else weights.attach(self.base, index_B):
+                loss_B = row_losses(self.base, batch, None)
+            for row, loss in zip(rows, loss_B.tolist(), strict=True):
                 losses[row] = loss
         return losses
 

@@ -6,12 +6,12 @@ In: a `Report`. JSON is strict: a figure that does not exist (NaN) is null. Know
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from core.metrics import Interval
-from pipelines.evaluate import Group, Report, Score
+from pipelines.evaluate import Group, Report
 from pipelines.plots import Panel, grouped_bars
 
 SPLIT_LABELS = {
@@ -85,20 +85,21 @@ def to_json(report: Report) -> dict[str, Any]:
         "timings": report.timings,
         "identity": report.identity,
     }
-    strict = _strict(values)
-    assert isinstance(strict, dict)
-    return strict
+    found = strict(values)
+    assert isinstance(found, dict)
+    return found
 
 
-def _strict(value: Any) -> Any:
+def strict(value: Any) -> Any:
+    """Dataclasses and intervals as JSON values; a figure that is not finite becomes null."""
     if isinstance(value, Interval):
-        return _strict(value._asdict())
-    if isinstance(value, Group | Score):
-        return _strict({name: getattr(value, name) for name in value.__dataclass_fields__})
+        return strict(value._asdict())
+    if is_dataclass(value):
+        return strict({name: getattr(value, name) for name in value.__dataclass_fields__})
     if isinstance(value, Mapping):
-        return {name: _strict(item) for name, item in value.items()}
+        return {name: strict(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_strict(item) for item in value]
+        return [strict(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
@@ -140,16 +141,16 @@ def markdown(report: Report) -> str:
     if judged := bars(report):
         met = {True: "yes", False: "**no**"}
         rows = [[bar.name, _number(bar.value), f"{bar.relation} {bar.limit:g}", met[bar.passed]] for bar in judged]
-        parts += ["## Requirements", _table(["requirement", "measured", "wanted", "met"], rows)]
+        parts += ["## Requirements", table(["requirement", "measured", "wanted", "met"], rows)]
     for name in _shown(report):
         parts += _group_parts(GROUP_LABELS[name], report.groups[name])
     if report.adapters:
         rows = [[key.replace("_", " "), _number(value)] for key, value in report.adapters.items()]
-        parts += ["## Adapters", _table(["figure", "value"], rows)]
+        parts += ["## Adapters", table(["figure", "value"], rows)]
     rows = [[key.replace("_", " "), f"{value:,.1f}"] for key, value in report.timings.items()]
-    parts += ["## Speed", _table(["figure", "value"], rows)]
+    parts += ["## Speed", table(["figure", "value"], rows)]
     rows = [[key.replace("_", " "), f"`{value}`"] for key, value in report.identity.items() if key != "settings"]
-    parts += ["## Identity", _table(["of", "value"], rows)]
+    parts += ["## Identity", table(["of", "value"], rows)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -164,17 +165,18 @@ def _group_parts(title: str, group: Group) -> list[str]:
         ]
         if metric == "exact_match":
             rows.append(["chance", *(f"{group.chance[split]:.3f}" for split in splits)])
-        parts += [f"### {heading}", _table(["condition", *columns], rows)]
+        parts += [f"### {heading}", table(["condition", *columns], rows)]
     rows = [[CONDITION_LABELS[name], *(_number(scores[split].loss) for split in splits)] for name, scores in group.scores.items()]
-    parts += ["### Loss (nats per supervised token)", _table(["condition", *columns], rows)]
+    parts += ["### Loss (nats per supervised token)", table(["condition", *columns], rows)]
     if group.collapse:
         rows = [[key.replace("_", " "), _number(value)] for key, value in group.collapse.items() if not key.endswith("_loss")]
         rows.append(["adapter / in context, exact match on one-fact questions", _number(group.ratio_one_fact)])
-        parts += ["### What the adapters carry", _table(["figure", "value"], rows)]
+        parts += ["### What the adapters carry", table(["figure", "value"], rows)]
     return parts
 
 
-def _table(header: list[str], rows: list[list[str]]) -> str:
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table; all columns but the first hold numbers."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
