@@ -19,6 +19,7 @@ app = typer.Typer(
 console = Console()
 RECIPE_FILES = Path(__file__).parent / "pipelines" / "recipes"
 REFERENCE = Path(__file__).parent / "assets" / "reference"
+LONG_DOCUMENT_PARTS = 14
 
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", help="Change a recipe's value: `section.field=value`; may be repeated.")
@@ -45,6 +46,15 @@ class Kind(StrEnum):
 class Method(StrEnum):
     shine = "shine"
     lift = "lift"
+
+
+class PlannedMethod(StrEnum):
+    lift = "lift"
+
+
+class Form(StrEnum):
+    loogle = "loogle"
+    longbench = "longbench"
 
 
 class Mode(StrEnum):
@@ -300,6 +310,70 @@ def evaluate(
         write_report(report, out)
     console.print(markdown(report), highlight=False, markup=False, soft_wrap=True)
     console.print(f"written: {out}")
+
+
+@app.command()
+def compare(
+    documents: Annotated[
+        Path | None,
+        typer.Argument(help="JSONL of documents with questions; long ones of the reference world where none is given."),
+    ] = None,
+    form: Annotated[Form, typer.Option(help="How the file is laid out.")] = Form.loogle,
+    out: Annotated[Path, typer.Option(help="Where to write report.json, report.md and the plots.")] = Path("runs/comparison"),
+    base: BaseOption = str(REFERENCE / "base"),
+    hypernetwork: Annotated[str | None, typer.Option(help="Directory of a hypernetwork, to compare its adapters too.")] = None,
+    count: Annotated[int, typer.Option(help="Long documents of the reference world.")] = 5,
+    seed: Annotated[int, typer.Option(help="Seed of those.")] = 0,
+    recipe: Annotated[
+        Path | None, typer.Option(help="TOML recipe: lift, memory, raw, endpoint, rules, judge, evaluation.")
+    ] = None,
+    changes: Overrides = None,
+) -> None:
+    """Compares LIFT, Gated Memory and generated adapters with their baselines on documents longer than the base's window.
+
+    Example: `imprint compare longdep_qa.jsonl --form loogle --base Qwen/Qwen3-0.6B --out runs/loogle`
+    """
+    from core.base_model import load_base
+    from core.config import load
+    from core.hypernetwork import Hypernetwork
+    from pipelines.benchmark_readers import READERS
+    from pipelines.lift_comparison import ComparisonSettings
+    from pipelines.lift_comparison import compare as run_comparison
+    from pipelines.lift_report import markdown, write_lift_report
+    from pipelines.long_documents import long_documents
+
+    with told():
+        settings = load(ComparisonSettings, recipe, changes or ())
+        loaded = load_base(base)
+        network = None if hypernetwork is None else Hypernetwork.load(hypernetwork, loaded)
+        items = list(long_documents(count, LONG_DOCUMENT_PARTS, seed) if documents is None else READERS[form](documents))
+        compared = run_comparison(loaded, network, items, settings)
+        write_lift_report(compared.report, out, compared.gates)
+    console.print(markdown(compared.report), highlight=False, markup=False, soft_wrap=True)
+    console.print(f"written: {out}")
+
+
+@app.command()
+def plan(
+    method: Annotated[PlannedMethod, typer.Argument(help="What to plan.")],
+    source: SourceArgument,
+    base: BaseOption = str(REFERENCE / "base"),
+    recipe: Annotated[Path | None, typer.Option(help="TOML recipe: lift, endpoint, rules, prices, assumptions.")] = None,
+    changes: Overrides = None,
+) -> None:
+    """Says what a corpus would cost before it is lifted: questions, generator tokens, GPU hours, seconds to the first answer.
+
+    Example: `imprint plan lift notes/ --base Qwen/Qwen3-0.6B`
+    """
+    from core.base_model import load_base
+    from core.config import load
+    from core.planning import PlanSettings, lines
+    from pipelines.lift_comparison import plan as run_plan
+
+    with told():
+        planned = run_plan(source, load_base(base), load(PlanSettings, recipe, changes or ()))
+    for line in lines(planned):
+        console.print(line, highlight=False, markup=False)
 
 
 @app.command("import-shine")

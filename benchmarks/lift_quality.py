@@ -127,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     plain = follow(base, sheet, jobs_of(documents, written.pairs), lift, checkpoints)
     shine = follow(base, sheet, jobs_of(documents, written.pairs, starts), lift, checkpoints)
     memory = follow(base, sheet, jobs_of(documents, written.pairs), memory_lift, checkpoints)
-    adapters = {
+    adapters: dict[str, Sequence[AdapterWeights]] = {
         "lift": plain.adapters,
         "lift_from_shine": shine.adapters,
         "gated_memory": memory.adapters,

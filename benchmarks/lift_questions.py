@@ -37,7 +37,7 @@ from pipelines.reference import REFERENCE
 from pipelines.world_lexicon import Attribute
 
 SLOWDOWN = 1.2
-FAULTS = {"bad_json": 0.2, "silent": 0.05, "hang_s": 60.0}
+FAULTS: dict[str, Any] = {"bad_json": 0.2, "silent": 0.05, "hang_s": 60.0}
 TIMEOUT_S = 4.0
 LIFT = settings((1, ("questions",)), examples_per_step=4)
 
@@ -51,7 +51,7 @@ class Together(NamedTuple):
 
 
 def settings_of(url: str, in_flight: int) -> EndpointSettings:
-    run = {"in_flight": in_flight, "timeout_s": TIMEOUT_S, "retries": 1, "bad_reply_retries": 1, "backoff_s": 0.05}
+    run: dict[str, Any] = {"in_flight": in_flight, "timeout_s": TIMEOUT_S, "retries": 1, "bad_reply_retries": 1, "backoff_s": 0.05}
     return endpoint(url, **run)
 
 

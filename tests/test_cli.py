@@ -19,7 +19,7 @@ from core.store import Store
 from tests.test_shine_parity import GOLDEN, golden_base, golden_settings
 
 ROOT = Path(imprint.__file__).parent
-COMMANDS = ("world", "train", "convert", "lift", "serve", "ask", "evaluate", "import-shine", "export", "demo")
+COMMANDS = ("world", "train", "convert", "lift", "serve", "ask", "evaluate", "compare", "plan", "import-shine", "export", "demo")
 
 
 def run(*arguments: str) -> str:

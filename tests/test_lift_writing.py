@@ -189,7 +189,8 @@ def test_the_producer_bears_what_changes_an_adapter_and_no_more() -> None:
 
     def of(*, hypernetwork: Hypernetwork | None = None, **values: Any) -> str:
         on = base if hypernetwork is None else hypernetwork.base
-        return LiftWriter(on, recipe_of(**values), hypernetwork=hypernetwork).producer.fingerprint
+        with LiftWriter(on, recipe_of(**values), hypernetwork=hypernetwork) as writer:
+            return writer.producer.fingerprint
 
     same = of()
     assert of(run={"slots": 3}, serving_rank=7) == of(serving_rank=None) == same
