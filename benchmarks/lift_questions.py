@@ -51,8 +51,7 @@ class Together(NamedTuple):
 
 
 def settings_of(url: str, in_flight: int) -> EndpointSettings:
-    run: dict[str, Any] = {"in_flight": in_flight, "timeout_s": TIMEOUT_S, "retries": 1, "bad_reply_retries": 1, "backoff_s": 0.05}
-    return endpoint(url, **run)
+    return endpoint(url, in_flight=in_flight, timeout_s=TIMEOUT_S, retries=1, bad_reply_retries=1, backoff_s=0.05)
 
 
 def train_beside(base: BaseModel, documents: list[LongDocument], settings: EndpointSettings) -> Together:
