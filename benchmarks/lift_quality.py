@@ -7,7 +7,7 @@ sentences, never test questions, and asks in phrasings of the training split) an
     LIFT answers at least 0.9 of what the base answers with the needed passage in context
     LIFT from the SHINE adapter reaches plain LIFT's final accuracy in at most half the optimiser steps that plain LIFT takes
 
-Run from the root: `python -m benchmarks.lift_quality`; about 10 minutes on 2 cores. Writes lift_quality.json into
+Run from the root: `python -m benchmarks.lift_quality`; over 20 minutes on 2 cores. Writes lift_quality.json into
 benchmarks/results, and report, figures and gate telemetry into its folder lift_quality. Exit status 1 where a bar is missed.
 """
 
