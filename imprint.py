@@ -4,7 +4,7 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from enum import StrEnum
 from pathlib import Path
@@ -114,6 +114,11 @@ def interruptible() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+def say(lines: Iterable[str]) -> None:
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
 @app.command()
 def world(
     directory: Annotated[Path, typer.Argument(help="Where to write; a folder for each split and level, and the tokenizer.")],
@@ -183,24 +188,20 @@ def convert(
 
     Example: `imprint convert notes/ runs/store --set collection=notes`
     """
-    from core.config import load
-    from pipelines.convert import ConvertRecipe
     from pipelines.convert import convert as run_conversion
+    from pipelines.convert import load_recipe
 
     if hypernetwork is None and recipe is None and method != Method.lift:
         hypernetwork = str(REFERENCE / "hypernetwork")
-    given = {"method": method, "base": None if recipe else base, "hypernetwork": hypernetwork, "lift.preset": preset}
-    chosen = [f"{name}={value}" for name, value in given.items() if value is not None]
     with told(), ray_session():
-        summary = run_conversion(source, store, load(ConvertRecipe, recipe, [*chosen, *(changes or ())]), progress=console)
-    for line in summary.lines():
-        console.print(line, highlight=False, soft_wrap=True)
+        resolved = load_recipe(recipe, method, base, hypernetwork, preset, changes or ())
+        say(run_conversion(source, store, resolved, progress=console).lines())
 
 
 @app.command()
 def lift(
-    source: SourceArgument,
-    store: StoreArgument,
+    source: Annotated[str, typer.Argument(help="A folder or file, as of `imprint convert`; with --select, the store.")],
+    store: Annotated[str | None, typer.Argument(help="The store; with --select it stands in the source's place.")] = None,
     base: BaseOption = str(REFERENCE / "base"),
     hypernetwork: Annotated[
         str | None, typer.Option(help="Directory of a hypernetwork whose adapters training starts from.")
@@ -208,12 +209,36 @@ def lift(
     preset: PresetOption = None,
     recipe: Annotated[Path | None, typer.Option(help="TOML recipe, as of `imprint convert`.")] = None,
     changes: Overrides = None,
+    select: Annotated[
+        str | None,
+        typer.Option(
+            help="Lift the store's own documents of which this is true, as `quality < 0.8 or demand > 100`. Figures: quality, "
+            "quality_lost, error, tokens (of the newest adapter), demand (requests in 30 days), age_days (of the text)."
+        ),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="With --select: list the documents and their figures only.")] = False,
 ) -> None:
     """Fine-tunes an adapter for each document, many at once: `imprint convert --method lift` by its short name.
 
     Example: `imprint lift notes/ runs/store --preset v4_fast --set lift.run.scratch=runs/scratch`
+
+    Example: `imprint lift runs/store --select 'quality < 0.8 or demand > 100'`
     """
-    convert(source, store, Method.lift, base, hypernetwork, preset, recipe, changes)
+    from pipelines.convert import load_recipe
+    from pipelines.promotion import choose, promote
+
+    if store is not None and select is None and not dry_run:
+        convert(source, store, Method.lift, base, hypernetwork, preset, recipe, changes)
+        return
+    with told():
+        if store is not None or select is None:
+            raise ValueError("give a source and a store, or with --select the store alone: its own documents are lifted")
+        resolved = load_recipe(recipe, Method.lift, base, hypernetwork, preset, changes or ())
+        if dry_run:
+            say(choose(source, select, resolved).lines())
+        else:
+            with ray_session():
+                say(promote(source, select, resolved, progress=console).lines())
 
 
 @app.command()
@@ -419,26 +444,10 @@ def export(
 
     Example: `imprint export runs/store vostilo.txt runs/peft/vostilo`
     """
-    from core.base_model import load_base
-    from core.foreign_formats import write_peft
-    from core.lora import LoraWeights
-    from core.store import Store
+    from pipelines.exporting import export_peft
 
     with told():
-        opened = Store.open(store)
-        row = opened.find_document(tenant, collection, document)
-        if row is None:
-            raise ValueError(f"no document {document!r} in collection {collection!r}: names are relative to the converted folder")
-        adapters = opened.find_adapters(tenant, row.content_hash)
-        if not adapters:
-            raise ValueError(f"{document!r} has no adapter yet: run `imprint convert` on it")
-        loras = [adapter for adapter in adapters if opened.spec(adapter.spec_fingerprint).kind == "lora"]
-        if not loras:
-            raise ValueError(
-                f"{document!r} has a gated memory, which PEFT knows no form of: lift it as a lora or pissa to export"
-            )
-        newest = max(loras, key=lambda adapter: adapter.created)
-        write_peft(out, load_base(base), LoraWeights(opened.spec(newest.spec_fingerprint), opened.get_vector(newest)[None]))
+        export_peft(store, tenant, collection, document, base, out)
     console.print(f"written: {out}")
 
 

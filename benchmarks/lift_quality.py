@@ -7,13 +7,16 @@ sentences, never test questions, and asks in phrasings of the training split) an
     LIFT answers at least 0.9 of what the base answers with the needed passage in context
     LIFT from the SHINE adapter reaches plain LIFT's final accuracy in at most half the optimiser steps that plain LIFT takes
 
-Run from the root: `python -m benchmarks.lift_quality`; over 20 minutes on 2 cores. Writes lift_quality.json into
-benchmarks/results, and report, figures and gate telemetry into its folder lift_quality. Exit status 1 where a bar is missed.
+Run from the root: `python -m benchmarks.lift_quality`; half an hour on 2 cores. It says what it does, and what is trained is
+kept in `--work`: a run that was cut off goes on where it was. Writes lift_quality.json into benchmarks/results, and report,
+figures and gate telemetry into its folder lift_quality. Exit status 1 where a bar is missed.
 """
 
 import argparse
+import json
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,9 +32,12 @@ from benchmarks.lift_setup import (
     reference,
     stand_in_questions,
 )
-from benchmarks.record import RESULTS, write_result
+from benchmarks.record import RESULTS, ROOT, write_result
+from core import adapter_files
 from core.adapter import AdapterWeights
 from core.base_model import BaseModel
+from core.config import digest
+from core.examples import QuestionAnswer
 from core.gated_memory import GatedMemory
 from core.lift import Job
 from core.lift_settings import LiftSettings
@@ -40,7 +46,7 @@ from pipelines.asking import Asker, evaluating
 from pipelines.lift_evaluation import LiftEvaluationSettings, Sheet, by_document, evaluate_lift, gate_telemetry
 from pipelines.lift_report import markdown, write_lift_report
 from pipelines.lifting import jobs_of, lifted, rule_questions, shine_adapters, snapshots
-from pipelines.long_documents import long_documents
+from pipelines.long_documents import LongDocument, long_documents
 from pipelines.plots import Curves, curves
 
 STEPS_SHARE = 0.5
@@ -62,6 +68,28 @@ class Followed(NamedTuple):
     adapters: list[AdapterWeights]
 
 
+class Work:
+    """What has been trained, in a folder of its own for each recipe, documents and starts."""
+
+    def __init__(self, base: BaseModel, folder: Path) -> None:
+        self._base, self._folder, self._started = base, folder, time.monotonic()
+
+    def kept(self, name: str, identity: Any, make: Callable[[], Followed]) -> Followed:
+        """What was made before for this identity, or what `make` makes."""
+        folder = self._folder / f"{name}-{digest(identity)[:16]}"
+        points = folder / "points.json"
+        if not points.exists():
+            made = make()
+            for number, adapter in enumerate(made.adapters):
+                adapter_files.save(adapter, self._base, folder / str(number))
+            points.write_text(json.dumps(made.points))
+        read = [Point(*values) for values in json.loads(points.read_text())]
+        count = sum(1 for entry in folder.iterdir() if entry.is_dir())
+        last = f", exact match {read[-1].exact_match:.3f}" if read else ""
+        print(f"{time.monotonic() - self._started:6.0f} s  {name}{last}", flush=True)
+        return Followed(read, [adapter_files.load(folder / str(number), self._base) for number in range(count)])
+
+
 def follow(base: BaseModel, sheet: Sheet, jobs: Sequence[Job], settings: LiftSettings, checkpoints: int) -> Followed:
     """Trains all documents, and asks at `checkpoints` even steps and at the end."""
     asker, points = Asker(base, LiftEvaluationSettings().run), list[Point]()
@@ -74,7 +102,12 @@ def follow(base: BaseModel, sheet: Sheet, jobs: Sequence[Job], settings: LiftSet
             read = asker.score(*sheet.shown("passage"), sheet.golds, sheet.answer_tokens, weights, elsewhere)
         means = (by_document(sheet, result.exact_match) for result in (own, read))
         points.append(Point(step, *(sum(values) / len(values) for values in means)))
+        print(f"          step {step} of {total}: {points[-1].exact_match:.3f}", flush=True)
     return Followed(points, last)
+
+
+def sheet_identity(documents: Sequence[LongDocument]) -> list[list[str]]:
+    return [[document.id, document.text] for document in documents]
 
 
 def steps_of(jobs: Sequence[Job], settings: LiftSettings) -> int:
@@ -114,6 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--parts", type=int, default=PARTS)
     parser.add_argument("--seed", type=int, default=0, help="of the documents")
     parser.add_argument("--quick", action="store_true", help="two short documents and few steps: does it run?")
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "lift_quality", help="a folder, for what is trained")
     parser.add_argument("--output", type=Path, default=RESULTS, help="a folder")
     options = parser.parse_args(arguments)
     seeds, parts, checkpoints = (2, 2, 2) if options.quick else (options.seeds, options.parts, CHECKPOINTS)
@@ -124,15 +158,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     written = stand_in_questions(documents, pairs=2 if options.quick else 10)
     sheet = Sheet(base, documents, LiftEvaluationSettings())
     starts = shine_adapters(models.hypernetwork, documents, SHINE_WINDOW_TOKENS, compose=False)
-    plain = follow(base, sheet, jobs_of(documents, written.pairs), lift, checkpoints)
-    shine = follow(base, sheet, jobs_of(documents, written.pairs, starts), lift, checkpoints)
-    memory = follow(base, sheet, jobs_of(documents, written.pairs), memory_lift, checkpoints)
+    work = Work(base, options.work)
+    asked = [sheet_identity(documents), [list(pairs) for pairs in written.pairs], checkpoints]
+
+    def followed(name: str, recipe: LiftSettings, starts: Sequence[AdapterWeights] | None = None) -> Followed:
+        identity = [asked, recipe.model_dump(mode="json"), models.hypernetwork.fingerprint() if starts else ""]
+        jobs = jobs_of(documents, written.pairs, starts)
+        return work.kept(name, identity, lambda: follow(base, sheet, jobs, recipe, checkpoints))
+
+    def trained(name: str, recipe: LiftSettings, pairs: Sequence[Sequence[QuestionAnswer]] | None = None) -> list[AdapterWeights]:
+        identity = [sheet_identity(documents), [list(part) for part in pairs or ()], recipe.model_dump(mode="json")]
+        jobs = jobs_of(documents, pairs)
+        return work.kept(name, identity, lambda: Followed([], lifted(base, jobs, recipe, RUN).adapters)).adapters
+
+    plain = followed("lift", lift)
+    shine = followed("lift_from_shine", lift, starts)
+    memory = followed("gated_memory", memory_lift)
     adapters: dict[str, Sequence[AdapterWeights]] = {
         "lift": plain.adapters,
         "lift_from_shine": shine.adapters,
         "gated_memory": memory.adapters,
-        "lift_rules": lifted(base, jobs_of(documents, rule_questions(documents)), lift, RUN).adapters,
-        "finetune_raw": lifted(base, jobs_of(documents), raw, RUN).adapters,
+        "lift_rules": trained("lift_rules", lift, rule_questions(documents)),
+        "finetune_raw": trained("finetune_raw", raw),
         "shine": shine_adapters(models.hypernetwork, documents, SHINE_WINDOW_TOKENS),
     }
     report = evaluate_lift(base, documents, adapters, full=raw)

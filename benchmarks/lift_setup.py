@@ -8,11 +8,12 @@ from dataclasses import dataclass
 
 from benchmarks.question_server import Manners, question_server
 from core.base_model import BaseModel, load_base
+from core.chat_endpoint import EndpointRun
 from core.hypernetwork import Hypernetwork
 from core.lift_course import Curriculum, Stage, Task
 from core.lift_forms import AdapterSettings
 from core.lift_settings import LiftRun, LiftSettings, OptimiserSettings
-from core.question_endpoint import EndpointRun, EndpointSettings
+from core.question_endpoint import EndpointSettings
 from pipelines.lifting import WrittenQuestions, write_questions
 from pipelines.long_documents import LongDocument
 from pipelines.reference import REFERENCE

@@ -10,10 +10,11 @@ speaks of a spec and of vectors `flat_BN` under it; `AdapterWeights` is B of the
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 from math import isqrt, prod
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self, get_args
 
@@ -156,6 +157,13 @@ class AdapterSpec:
         """The same sites at another rank."""
         return replace(self, rank=rank)
 
+    def has_sites_of(self, other: "AdapterSpec") -> bool:
+        """Whether each site of `other`, with its bias, is here in the same shape: `padded_to` takes it, but for the rank."""
+        if self.kind_name != other.kind_name or len(self.layers) != len(other.layers):
+            return False
+        pairs = zip(self.layers, other.layers, strict=True)
+        return all(set(theirs) <= {*own, *(site._replace(bias=False) for site in own)} for own, theirs in pairs)
+
     @property
     def kind_name(self) -> str:
         """The kind as people read it, with its gate."""
@@ -233,16 +241,29 @@ class AdapterWeights(ABC):
         return type(self)(self.spec, self.flat_BN.to(device=device, dtype=dtype))
 
     def padded(self, rank: int) -> Self:
-        """The same adapters at a larger rank: zero columns of A and W1, zero rows of B and W2; exact."""
-        if rank < self.spec.rank:
-            raise ValueError(f"cannot pad rank {self.spec.rank} down to {rank}: use recompress, which reports its error")
-        if rank == self.spec.rank:
+        """The same adapters at a larger rank; exact."""
+        return self.padded_to(self.spec.with_rank(rank))
+
+    def padded_to(self, spec: AdapterSpec) -> Self:
+        """The same adapters under a spec of larger rank or more sites; exact.
+
+        Zero columns of A and W1, zero rows of B and W2, zeros at the sites and biases that are new.
+        """
+        if spec == self.spec:
             return self
-        extra = rank - self.spec.rank
+        if spec.rank < self.spec.rank:
+            raise ValueError(f"cannot pad rank {self.spec.rank} down to {spec.rank}: use recompress, which reports its error")
+        if not spec.has_sites_of(self.spec):
+            raise ValueError("adapters can be padded to more sites, never to fewer or others: these are of another kind or base")
+        extra = spec.rank - self.spec.rank
         columns, rows = (0, extra), (0, 0, 0, extra)
         pads = {"A": columns, "W1": columns, "B": rows, "W2": rows}
-        tensors = {key: torch.nn.functional.pad(tensor, pads.get(key[2], ())) for key, tensor in self.tensors.items()}
-        spec = self.spec.with_rank(rank)
+        tensors = {
+            entry[:3]: self.flat_BN.new_zeros(len(self), *entry.shape)
+            if entry[:3] not in self.tensors
+            else torch.nn.functional.pad(self.tensors[entry[:3]], pads.get(entry.tensor, ()))
+            for entry in spec.table
+        }
         return type(self)(spec, spec.join(tensors))
 
     @abstractmethod
@@ -257,11 +278,24 @@ class AdapterWeights(ABC):
 
 
 def common_spec(specs: Sequence[AdapterSpec]) -> AdapterSpec:
-    """The spec that adapters of several ranks are padded to: the same sites, the largest rank."""
+    """The spec that adapters of several ranks and sites are padded to: every site and bias of theirs, the largest rank."""
     if not specs:
         raise ValueError("no adapters were given: give one or more")
     if len(kinds := {spec.kind_name for spec in specs}) != 1:
         raise ValueError(f"adapters of kinds {' and '.join(sorted(kinds))} cannot share a batch: run them one kind at a time")
-    if len({spec.layers for spec in specs}) != 1:
-        raise ValueError("adapters of different sites cannot share a batch: they were made for different bases")
-    return specs[0].with_rank(max(spec.rank for spec in specs))
+    if len({len(spec.layers) for spec in specs}) != 1:
+        raise ValueError("adapters of different depth cannot share a batch: they were made for different bases")
+    layers = [_all_sites(layer) for layer in zip(*(spec.layers for spec in specs), strict=True)]
+    return replace(specs[0], layers=tuple(layers), rank=max(spec.rank for spec in specs))
+
+
+def _all_sites(layers: Iterable[tuple[SiteShape, ...]]) -> tuple[SiteShape, ...]:
+    """The sites that any of several specs has in one layer, with a bias where one has it."""
+    sites: dict[str, SiteShape] = {}
+    for site in chain.from_iterable(layers):
+        known = sites.setdefault(site.site, site)
+        if known._replace(bias=site.bias) != site:
+            raise ValueError("adapters of different shapes cannot share a batch: they were made for different bases")
+        if site.bias:
+            sites[site.site] = site
+    return tuple(sites[name] for name in (*SITES, ATTENTION) if name in sites)

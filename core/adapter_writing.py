@@ -20,10 +20,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from core.adapter import ATTENTION, AdapterSpec, AdapterWeights
-from core.codec import Encoding, encode
+from core.codec import Encoding, decode, encode
 from core.config import Section
 from core.documents import NORMALISER, Document, Window, windows
 from core.examples import plan_batches
+from core.gated_memory import weights_of
 from core.hypernetwork import Hypernetwork
 from core.lora import LoraWeights, compose, recompress
 from core.manifest import NewAdapter, Producer, adapter_id
@@ -56,6 +57,11 @@ class Written:
     adapters: tuple[NewAdapter, ...]
     error: float = 0.0
     lost: int = 0
+
+    def weights(self) -> AdapterWeights:
+        """The adapters as they will be read from the store, one a row, in fp32 on the CPU."""
+        spec = self.adapters[0].spec
+        return weights_of(spec, torch.stack([decode(new.blob(), spec.numel, new.encoding) for new in self.adapters]))
 
 
 @dataclass(frozen=True)

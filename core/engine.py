@@ -111,10 +111,10 @@ class _Inbox:
 class Engine:
     """Requests in by `submit`, tokens out by `step`.
 
-    base: with sdpa or eager attention. spec: the table of the adapters, all of one kind, at their largest rank; None for none.
-    slots: rows that run at once; further requests wait their turn. max_length: prompt and new tokens of one request together, by
-    default the base's own limit. prefill_tokens_per_step: the most prompt tokens, padding included, that a step reads while
-    running rows wait for their next token; longer prompts are read in pieces.
+    base: with sdpa or eager attention. spec: the table that all adapters are padded to (`core.adapter.common_spec`), None for
+    none. slots: rows that run at once; further requests wait their turn. max_length: prompt and new tokens of one request
+    together, by default the base's own limit. prefill_tokens_per_step: the most prompt tokens, padding included, that a step
+    reads while running rows wait for their next token; longer prompts are read in pieces.
 
     One thread calls `step`; any thread may call `submit`, `cancel`, `idle` and `stats`. Drop an engine whose `step` raised.
     Raises `ValueError` for a base whose tokens it could not reproduce.
@@ -222,7 +222,7 @@ class Engine:
         return tokens + self._read(batch) if batch else tokens
 
     def _prepared(self, name: str, adapter: AdapterWeights | None) -> Tensor | None:
-        """The vector `[N]` at the engine's rank and in the base's type, where the given one lies."""
+        """The vector `[N]` under the engine's spec and in the base's type, where the given one lies."""
         if adapter is None:
             return None
         if self.spec is None:
@@ -234,15 +234,15 @@ class Engine:
                 f"the adapter of request {name!r} is of kind {adapter.spec.kind_name}, this engine runs {self.spec.kind_name}: "
                 "give each kind an engine of its own"
             )
-        if adapter.spec.with_rank(self.spec.rank) != self.spec:
-            raise ValueError(f"the adapter of request {name!r} was made for another base or other sites than this engine's")
+        if not self.spec.has_sites_of(adapter.spec):
+            raise ValueError(f"the adapter of request {name!r} was made for another base, or for more sites than this engine's")
         if adapter.spec.rank > self.spec.rank:
             raise ValueError(
                 f"the adapter of request {name!r} has rank {adapter.spec.rank}, the engine {self.spec.rank}: recompress it, "
                 "or give the engine a larger rank"
             )
         with torch.no_grad():
-            flat_N = adapter.to(dtype=self.base.dtype).padded(self.spec.rank).flat_BN[0]
+            flat_N = adapter.to(dtype=self.base.dtype).padded_to(self.spec).flat_BN[0]
             if not flat_N.isfinite().all():
                 raise ValueError(f"the adapter of request {name!r} is not finite in {self.base.dtype}: make it again")
         return flat_N

@@ -11,9 +11,9 @@ Knows nothing of models, files and workers. Making an example costs its tokenisa
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, NamedTuple
+from typing import Annotated, NamedTuple, Protocol
 
 import torch
 from pydantic import Field, model_validator
@@ -29,6 +29,21 @@ class QuestionAnswer(NamedTuple):
 
     question: str
     answer: str
+
+
+class Asked(Protocol):
+    """Whatever carries a question and its answer, beside other things."""
+
+    @property
+    def question(self) -> str: ...
+
+    @property
+    def answer(self) -> str: ...
+
+
+def question_answers(asked: Iterable[Asked]) -> list[QuestionAnswer]:
+    """The questions and answers alone, in order."""
+    return [QuestionAnswer(each.question, each.answer) for each in asked]
 
 
 @dataclass(frozen=True, slots=True)

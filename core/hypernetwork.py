@@ -10,7 +10,6 @@ nothing of text, questions or losses. A pass costs the base's forward over T + M
 last norm and head are never computed.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,16 +17,15 @@ from typing import Annotated, Any, Literal, Self
 
 import torch
 from pydantic import Field, ValidationError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from core import weight_files
 from core.adapter import SITES, AdapterSpec
 from core.base_model import BaseModel, hash_tensors
 from core.config import Section, digest, faults
 from core.foreign_formats import read_shine_release
 from core.lora import LoraWeights, attach, compose
 
-FORMAT = 1
 Positive = Annotated[int, Field(ge=1)]
 
 
@@ -189,40 +187,16 @@ class Hypernetwork(nn.Module):
 
     def save(self, directory: str | Path, dtype: torch.dtype = torch.float32) -> None:
         """Writes `hypernetwork.safetensors` and `hypernetwork.json` (settings, adapter table, the base's fingerprint)."""
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        tensors = {n: (t if n == "gain_K" else t.to(dtype)).cpu().contiguous() for n, t in self.state_dict().items()}
-        save_file(tensors, directory / "hypernetwork.safetensors")
-        description = {
-            "format": FORMAT,
-            "settings": self.settings.model_dump(mode="json"),
-            "spec": self.spec.to_json(),
-            "base": self.base.fingerprint,
-        }
-        (directory / "hypernetwork.json").write_text(json.dumps(description, indent=2) + "\n")
+        tensors = {name: tensor if name == "gain_K" else tensor.to(dtype) for name, tensor in self.state_dict().items()}
+        description = {"settings": self.settings.model_dump(mode="json"), "spec": self.spec.to_json()}
+        weight_files.save("hypernetwork", tensors, description, self.base, Path(directory))
 
     @classmethod
     def load(cls, directory: str | Path, base: BaseModel) -> Self:
         """Reads what `save` wrote. Raises `ValueError` for another base, another shape or a newer format."""
-        directory = Path(directory)
-        try:
-            description = json.loads((directory / "hypernetwork.json").read_text())
-        except FileNotFoundError:
-            raise ValueError(
-                f"{directory} holds no hypernetwork.json: give the directory of a trained or imported hypernetwork"
-            ) from None
-        if not (directory / "hypernetwork.safetensors").is_file():
-            raise ValueError(f"{directory} holds no hypernetwork.safetensors: copy the whole directory")
-        if description.get("format") != FORMAT:
-            raise ValueError(
-                f"{directory} has format {description.get('format')}, this version reads {FORMAT}: use the Imprint that wrote it"
-            )
-        if description["base"] != base.fingerprint:
-            raise ValueError(
-                f"the hypernetwork in {directory} was trained for another base: load that base, or train one for this base"
-            )
+        tensors, description = weight_files.load("hypernetwork", base, Path(directory))
         hypernetwork = cls(base, _settings(description["settings"]))
-        hypernetwork._load(load_file(directory / "hypernetwork.safetensors"))
+        hypernetwork._load(tensors)
         return hypernetwork
 
     @classmethod

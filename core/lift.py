@@ -161,8 +161,8 @@ class Lift:
         settings.curriculum.reading.sizes(base.max_length)
         self._base, self._settings, self._run = base, settings, run or LiftRun()
         self._settings_fingerprint = fingerprint(settings)
-        self._form = form_of(base, settings.adapter)
-        self.spec, self.stored_spec = self._form.spec, self._form.stored_spec
+        self.form = form_of(base, settings.adapter)
+        self.spec, self.stored_spec = self.form.spec, self.form.stored_spec
         self._slots: list[_Slot | None] = [None] * self._run.slots
         dtype = torch.promote_types(base.dtype, torch.float32)
         self._flat_SN = torch.zeros(self._run.slots, self.spec.numel, dtype=dtype, device=base.device)
@@ -176,7 +176,7 @@ class Lift:
 
     def check_start(self, start: AdapterWeights) -> None:
         """Raises `ValueError` for adapters that no job could start from."""
-        self._form.initial(torch.Generator(), start)
+        self.form.initial(torch.Generator(), start)
 
     @property
     def free(self) -> int:
@@ -206,7 +206,7 @@ class Lift:
         if state is None:
             seed = hashlib.sha256(f"{self._settings.curriculum.seed}/{slot.job.key}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(seed[:7], "little"))
-            row_N.copy_(self._form.initial(generator, slot.job.start))
+            row_N.copy_(self.form.initial(generator, slot.job.start))
             return
         if (state.settings, state.key, len(state.flat_N)) != (self._settings_fingerprint, slot.job.key, self.spec.numel):
             raise ValueError(f"the state of {state.key!r} was made by other settings or another job: start {slot.job.key!r} anew")
@@ -289,11 +289,11 @@ class Lift:
         local = {place: number for number, place in enumerate(places)}
         index_B = torch.tensor([local[place] for place, _, _ in members]) if len(places) > 1 else None
         batch = collate([exercise.example for _, exercise, _ in members], pad_id=0).to(base.device)
-        penalised = any(penalties) and self._form.kind == "gated_memory"
+        penalised = any(penalties) and self.form.kind == "gated_memory"
         with (
             base.checkpointing(self._run.checkpointing),
             recording_gates(base) if penalised else nullcontext() as gates,
-            self._form.attach(flat_PN, index_B),
+            self.form.attach(flat_PN, index_B),
         ):
             loss_B = row_losses(base, batch, None)
         loss_B = loss_B * loss_B.new_tensor([weight for _, _, weight in members])
@@ -344,7 +344,7 @@ class Lift:
         """Frees a slot and gives its result."""
         slot = self._slots[place]
         assert slot is not None
-        weights = None if reason == "failed" else self._form.stored(self._flat_SN[place : place + 1])
+        weights = None if reason == "failed" else self.form.stored(self._flat_SN[place : place + 1])
         self._slots[place] = None
         self._optimiser.state.pop(self._rows[place], None)
         steps, tokens, _ = slot.progress

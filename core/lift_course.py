@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from core.config import Section
 from core.documents import Window, segments
-from core.examples import Example, QuestionAnswer
+from core.examples import Asked, Example, QuestionAnswer, question_answers
 from core.lift_examples import (
     Reading,
     Wording,
@@ -82,6 +82,10 @@ class Curriculum(Section):
             raise ValueError("two stages have one name: give each its own")
         return self
 
+    def has(self, task: Task) -> bool:
+        """Whether any stage trains on this task."""
+        return any(task in stage.tasks for stage in self.stages)
+
 
 class Questions(Protocol):
     """Question-answer pairs of a document that may still be arriving. Neither member waits."""
@@ -129,8 +133,8 @@ class Stream(Protocol):
     def finished(self) -> bool:
         """Whether `poll` has given every pair."""
 
-    def poll(self) -> Sequence[Any]:
-        """What arrived since the last call, each with a `question` and an `answer`."""
+    def poll(self) -> Sequence[Asked]:
+        """What arrived since the last call."""
 
 
 class PolledQuestions:
@@ -146,8 +150,13 @@ class PolledQuestions:
         return self._stream.finished
 
     def ready(self) -> Sequence[QuestionAnswer]:
-        self._pairs += [QuestionAnswer(pair.question, pair.answer) for pair in self._stream.poll()]
+        self._pairs += question_answers(self._stream.poll())
         return self._pairs
+
+
+def titled(title: str, text: str) -> str:
+    """What LIFT reads of a document: its title above its text."""
+    return f"{title}\n\n{text}" if title else text
 
 
 class Exercise(NamedTuple):
@@ -201,10 +210,10 @@ class Course:
         )
         whole_epochs = curriculum.examples_per_step is None and curriculum.tokens_per_step is None
         self._whole = whole or whole_epochs
-        self._ids = encode(tokenizer, f"{title}\n\n{text}" if title else text)
+        self._ids = encode(tokenizer, titled(title, text))
         size, stride, self._context_tokens = curriculum.reading.sizes(max_length)
         self._segments = segments(len(self._ids), size, stride, curriculum.reading.rule)
-        self._sentences = [text[start:end] for start, end in sentences(text)] if self._asks("timeline") else []
+        self._sentences = [text[start:end] for start, end in sentences(text)] if curriculum.has("timeline") else []
         self.position = Position()
         self.stopped_early = False
         self.progress = 0.0
@@ -216,9 +225,6 @@ class Course:
         self._rendered: list[Example] = []
         self._asked = 0
         self._complete = False
-
-    def _asks(self, task: Task) -> bool:
-        return any(task in stage.tasks for stage in self._curriculum.stages)
 
     @property
     def finished(self) -> bool:

@@ -4,14 +4,14 @@ Curriculum and adapter have their sections beside the code that reads them (core
 core.lift_forms); here they become one recipe. `core.config.fingerprint` of `LiftSettings` bears identity; a `LiftRun` does not.
 """
 
-import math
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field, PositiveInt
 
 from core.config import RunSection, Section
 from core.lift_course import Curriculum
 from core.lift_forms import AdapterSettings
+from core.schedules import Decay, decay_factor
 
 
 class OptimiserSettings(Section):
@@ -22,7 +22,7 @@ class OptimiserSettings(Section):
     """
 
     learning_rate: Annotated[float, Field(gt=0)] = 5e-5
-    decay: Literal["constant", "linear", "cosine"] = "constant"
+    decay: Decay = "constant"
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
@@ -30,8 +30,7 @@ class OptimiserSettings(Section):
 
     def rate(self, step: int, progress: float) -> float:
         """Learning rate of a document's step, counted from 0, with this share of its curriculum done."""
-        factor = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}[self.decay]
-        return self.learning_rate * factor * min(1.0, (step + 1) / max(self.warmup_steps, 1))
+        return self.learning_rate * decay_factor(self.decay, progress) * min(1.0, (step + 1) / max(self.warmup_steps, 1))
 
 
 class LiftSettings(Section):

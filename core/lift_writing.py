@@ -34,7 +34,7 @@ from core.base_model import BaseModel, hash_tensors
 from core.codec import Encoding, decode, encode
 from core.config import Section, identity
 from core.documents import NORMALISER, Document, Window
-from core.examples import IGNORED, QuestionAnswer, collate, plan_batches
+from core.examples import IGNORED, QuestionAnswer, collate, plan_batches, question_answers
 from core.gated_memory import weights_of
 from core.hypernetwork import Hypernetwork
 from core.lift import Job, Lift, LiftResult, LiftState
@@ -177,7 +177,7 @@ class LiftWriter(AdapterWriter):
         stored = self._lift.stored_spec
         self._cuts = stored.kind == "lora" and recipe.serving_rank is not None and stored.rank > recipe.serving_rank
         self.spec = stored.with_rank(recipe.serving_rank) if self._cuts and recipe.serving_rank else stored
-        self._asks = any("questions" in stage.tasks for stage in recipe.settings.curriculum.stages)
+        self._asks = recipe.settings.curriculum.has("questions")
         self._starts = None if hypernetwork is None else self._starting(hypernetwork, rule or WindowRule())
         self._pre_lift = None if recipe.pre_lift is None else adapter_files.load(recipe.pre_lift, base)
         if self._pre_lift is not None:
@@ -277,8 +277,7 @@ class LiftWriter(AdapterWriter):
         if stream is not None:
             questions = _Asked(stream, self._run.max_lost_share)
         elif self._asks:
-            pairs = write_by_rules(document, self._recipe.questions.rules)
-            questions = FixedQuestions(tuple(QuestionAnswer(pair.question, pair.answer) for pair in pairs))
+            questions = FixedQuestions(tuple(question_answers(write_by_rules(document, self._recipe.questions.rules))))
         [named] = self.adapter_ids(document, length)
         return _Lifted(place, document, length, named, questions)
 
@@ -289,9 +288,7 @@ class LiftWriter(AdapterWriter):
             [outcome] = self._starts.write([document], [ids])
             if isinstance(outcome, Rejected):
                 return Rejected(f"no adapter to start from: {outcome.reason}")
-            spec, device = self._starts.spec, self._base.device
-            flat_BN = torch.stack([decode(new.blob(), spec.numel, "fp32") for new in outcome.adapters])
-            generated = LoraWeights(spec, flat_BN.to(device))
+            generated = outcome.weights().to(self._base.device)
             start = generated if start is None else stack([start, generated])
         return Job(document.content_hash, document.text, document.title, lifted.questions, start, state)
 

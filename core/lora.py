@@ -43,14 +43,16 @@ def _pack(spec: AdapterSpec, tensors: dict[tuple[int, str, str], Tensor]) -> Lor
 
 
 def stack(parts: Sequence[WeightsT]) -> WeightsT:
-    """All adapters of `parts`, of one kind, as one batch, padded to their largest rank."""
+    """All adapters of `parts`, of one kind, as one batch, padded to their largest rank and to all their sites."""
     spec = common_spec([part.spec for part in parts])
-    return type(parts[0])(spec, torch.cat([part.padded(spec.rank).flat_BN for part in parts]))
+    return type(parts[0])(spec, torch.cat([part.padded_to(spec).flat_BN for part in parts]))
 
 
 def compose(parts: Sequence[LoraWeights]) -> LoraWeights:
     """The sum of the deltas, row by row: ranks are concatenated, A and B are never averaged (spec of SHINE, section 4.10)."""
-    spec = common_spec([part.spec for part in parts]).with_rank(sum(part.spec.rank for part in parts))
+    sites = common_spec([part.spec for part in parts])
+    spec = sites.with_rank(sum(part.spec.rank for part in parts))
+    parts = [part.padded_to(sites.with_rank(part.spec.rank)) for part in parts]
     if len({len(part) for part in parts}) != 1:
         raise ValueError(
             f"cannot add {' and '.join(str(len(part)) for part in parts)} adapters row by row: give equally many of each"
@@ -154,6 +156,8 @@ class Rows:
         self._index_B: Tensor | None = None
         self._has_adapter_B: Tensor | None = None
         self.all_bare = False
+        self.grouped = False
+        """Whether every adapter serves equally many rows that stand together, in order: then nothing needs to be picked."""
         if index_B is None:
             return
         if index_B.ndim != 1 or index_B.dtype not in (torch.int32, torch.int64):
@@ -167,6 +171,8 @@ class Rows:
             self._has_adapter_B = (index_B >= 0).to(base.device)
         in_place = len(indices) == len(weights) and all(index in (-1, row) for row, index in enumerate(indices))
         self._index_B = None if in_place else index_B.clamp_min(0).to(base.device)
+        share = len(indices) // max(len(weights), 1)
+        self.grouped = share > 1 and indices == [row // share for row in range(share * len(weights))]
 
     def check(self, rows: int) -> None:
         """Raises `ValueError` where a batch of `rows` is not the one that was spoken of."""
@@ -200,12 +206,16 @@ class _LoraAttachment(Attachment):
         a_BIR = self._tensors.get((layer, site, "A"))
         if a_BIR is None:
             return y_BTO
-        a_BIR, b_BRO = self._rows.pick(a_BIR), self._rows.pick(self._tensors[layer, site, "B"])
+        b_BRO, c_BO = self._tensors[layer, site, "B"], self._tensors.get((layer, site, "C"))
+        if self._rows.grouped:
+            x_BTI = x_BTI.reshape(len(a_BIR), -1, x_BTI.shape[-1])
+        else:
+            a_BIR, b_BRO = self._rows.pick(a_BIR), self._rows.pick(b_BRO)
+            c_BO = None if c_BO is None else self._rows.pick(c_BO)
         delta_BTO = (x_BTI @ a_BIR.to(x_BTI.dtype)) @ b_BRO.to(x_BTI.dtype)
-        c_BO = self._tensors.get((layer, site, "C"))
         if c_BO is not None:
-            delta_BTO = delta_BTO + self._rows.pick(c_BO).unsqueeze(-2).to(delta_BTO.dtype)
-        return y_BTO + self._rows.bare(delta_BTO, 0.0)
+            delta_BTO = delta_BTO + c_BO.unsqueeze(-2).to(delta_BTO.dtype)
+        return y_BTO + self._rows.bare(delta_BTO.view(y_BTO.shape), 0.0)
 
 
 def check_fits(base: BaseModel, spec: AdapterSpec) -> None:

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from core.config import Section
 from core.documents import Document, segments
-from core.lift_course import Curriculum
+from core.lift_course import Curriculum, titled
 from core.lift_settings import LiftSettings
 from core.prompts import encode
 from core.question_endpoint import EndpointSettings, request_body
@@ -123,7 +123,7 @@ def measure(
     size, stride, _ = lift.curriculum.reading.sizes(max_length)
     instructions: int | None = None
     for document in documents:
-        ids = encode(tokenizer, f"{document.title}\n\n{document.text}" if document.title else document.text)
+        ids = encode(tokenizer, titled(document.title, document.text))
         sentences = len(sentence_passages(document.text, 0))
         volume.documents += 1
         volume.characters += len(document.text)
@@ -156,7 +156,7 @@ def plan_lift(
     """The plan of a measured corpus. Raises `ValueError` for an empty one."""
     if not volume.documents:
         raise ValueError("there are no documents to plan for: check the source")
-    asks = any("questions" in stage.tasks for stage in lift.curriculum.stages)
+    asks = lift.curriculum.has("questions")
     written = isinstance(writer, EndpointSettings) and asks
     requests = volume.requests if written else 0
     if not asks:
@@ -173,10 +173,10 @@ def plan_lift(
     ) / 1e6
 
     tokens, examples = _training(volume, lift.curriculum, questions, base.max_length, assumptions)
-    if lift.token_budget is not None:
-        tokens = min(tokens, lift.token_budget * volume.documents)
-    flops = tokens * (4.0 * base.weights + 6.0 * base.adapter)
     steps = _steps(examples, tokens, volume.documents, lift.curriculum)
+    if lift.token_budget is not None and tokens > (most := lift.token_budget * volume.documents):
+        steps, tokens = max(volume.documents, math.ceil(steps * most / tokens)), most
+    flops = tokens * (4.0 * base.weights + 6.0 * base.adapter)
     speed = assumptions.gpus * assumptions.peak_tflops * 1e12 * assumptions.utilisation
     together = assumptions.documents_at_once * assumptions.gpus
     seconds = max(flops / speed, steps * assumptions.step_s / min(together, volume.documents))

@@ -15,7 +15,6 @@ Costs about 2 ms of a core a request, 0.1 ms a cached reply, and 300 bytes of ca
 import asyncio
 import json
 import sqlite3
-import ssl
 import sys
 import threading
 import time
@@ -28,19 +27,9 @@ from typing import NamedTuple, Self, cast
 
 import httpx
 
+from core.chat_endpoint import Lost, Reason, api_key
 from core.documents import Document
-from core.question_endpoint import (
-    Endpoint,
-    EndpointSettings,
-    Lost,
-    Reason,
-    Reply,
-    Usage,
-    api_key,
-    as_pairs,
-    request_body,
-    request_key,
-)
+from core.question_endpoint import Endpoint, EndpointSettings, QuestionUsage, Reply, as_pairs, request_body, request_key
 from core.question_writing import Pair, Passage
 
 
@@ -231,7 +220,7 @@ class QuestionWriter:
         self.settings = settings
         self._key = api_key(settings.run)
         self._cache = ReplyCache(cache_path)
-        self._usage = Usage()
+        self._usage = QuestionUsage()
         self._lock = threading.Lock()
         self._streams: set[QuestionStream] = set()
         self._closed = False
@@ -250,7 +239,7 @@ class QuestionWriter:
         self.close()
 
     @property
-    def usage(self) -> Usage:
+    def usage(self) -> QuestionUsage:
         """What has been asked and spent so far by this writer."""
         return replace(self._usage)
 
@@ -294,11 +283,10 @@ class QuestionWriter:
         run = self.settings.run
         self._loop, self._task = asyncio.get_running_loop(), cast(asyncio.Task[None], asyncio.current_task())
         self._queue: asyncio.Queue[_Question] = asyncio.Queue()
-        tls = httpx.create_ssl_context() if run.url.startswith("https") else False
         endpoint = Endpoint(self.settings, self._key, self._usage)
         async with asyncio.TaskGroup() as workers:
             for _ in range(run.in_flight):
-                workers.create_task(self._work(endpoint, tls))
+                workers.create_task(self._work(endpoint))
             self._started.set()
 
     def _queue_document(self, document: Document, stream: QuestionStream) -> None:
@@ -307,9 +295,9 @@ class QuestionWriter:
         if not stream.passages:
             self._streams.discard(stream)
 
-    async def _work(self, endpoint: Endpoint, tls: ssl.SSLContext | bool) -> None:
-        """One request at a time on a client of its own: a pool shared by all costs time in the square of its connections."""
-        async with httpx.AsyncClient(verify=tls, limits=httpx.Limits(max_connections=1)) as client:
+    async def _work(self, endpoint: Endpoint) -> None:
+        """One request at a time on a client of its own."""
+        async with endpoint.chat.client() as client:
             while True:
                 question = await self._queue.get()
                 if question.stream._is_open(question.passage):

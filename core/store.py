@@ -3,6 +3,7 @@
     <prefix>/shards/<uuid>.bin            blobs, each at a multiple of 64 bytes: text in UTF-8, vectors as `core.codec` has it
     <prefix>/manifest/<uuid>.parquet      rows that say what lies where (`core.manifest`)
     <prefix>/roots/<20 digits>.json       version n: its parts, by checksum
+    <prefix>/demand/                      how often documents are asked for, beside all versions (`core.demand`)
 
 In: `Document`s and `NewAdapter`s, a batch a commit. Out: rows, text, vectors; every byte is checked before it is returned. Knows
 nothing of models, tokenizers or servers.
@@ -21,7 +22,7 @@ import re
 import threading
 import time
 import uuid
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -32,6 +33,7 @@ from torch import Tensor
 
 from core.adapter import AdapterSpec
 from core.codec import decode
+from core.demand import DemandCounter, read_demand
 from core.documents import Document
 from core.index import Index, Page, Stats
 from core.manifest import (
@@ -187,7 +189,15 @@ class Store:
         """Counts and bytes, of one tenant or of all."""
         return self._index.stats(tenant)
 
+    def demand(self) -> Counter[tuple[str, str, str]]:
+        """Requests of each document (tenant, collection, name) over all servers and the last days, as `core.demand` counts."""
+        return read_demand(self._objects)
+
     # Writing
+
+    def write_demand(self, counter: DemandCounter) -> None:
+        """Writes what a server has counted, without a new version. After a `StoreError` or `OSError` it may be tried again."""
+        counter.write(self._objects)
 
     def put(self, documents: Iterable[Document] = (), adapters: Iterable[NewAdapter] = ()) -> PutResult:
         """Commits a batch as one version, whole or not at all, and returns when it is on disk.

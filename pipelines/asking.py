@@ -22,7 +22,7 @@ from core.adapter import AdapterWeights
 from core.base_model import BaseModel
 from core.config import RunSection
 from core.engine import Request, generate
-from core.examples import DEFAULT_LIMITS, Example, QuestionAnswer, collate, in_context_example, question_examples
+from core.examples import DEFAULT_LIMITS, Example, collate, in_context_example, question_answers, question_examples
 from core.hypernetwork import Hypernetwork
 from core.lora import LoraWeights, stack
 from core.metrics import exact_match, f1
@@ -51,7 +51,7 @@ def from_hypernetwork(hypernetwork: Hypernetwork, limits: Limits = DEFAULT_LIMIT
         parts = []
         for start in range(0, len(documents), at_once):
             contexts = [tuple(encode_context(tokenizer, item.text, limits)) for item in documents[start : start + at_once]]
-            batch = collate([Example(ids, (), ()) for ids in contexts], _pad_id(tokenizer)).to(hypernetwork.base.device)
+            batch = collate([Example(ids, (), ()) for ids in contexts], pad_id(tokenizer)).to(hypernetwork.base.device)
             written = hypernetwork.generate(batch.context_ids_BT, batch.context_mask_BT)
             parts.append(written.select(batch.index_B))
         return stack(parts)
@@ -74,7 +74,7 @@ class Questions:
         self.prompts: dict[bool, list[list[int]]] = {False: [], True: []}
         self.examples: dict[bool, list[Example]] = {False: [], True: []}
         for document in documents:
-            qas = [QuestionAnswer(question.question, question.answer) for question in document.questions]
+            qas = question_answers(document.questions)
             shown = cut_text(tokenizer, document.text, limits)
             self.prompts[False] += [_prompt(tokenizer, qa.question) for qa in qas]
             self.prompts[True] += [_prompt(tokenizer, in_context(shown, qa.question)) for qa in qas]
@@ -193,7 +193,7 @@ class Asker:
         by_length = sorted(range(len(examples)), key=lambda row: len(examples[row].ids))
         for start in range(0, len(by_length), self.run.slots):
             rows = by_length[start : start + self.run.slots]
-            batch = collate([examples[row] for row in rows], _pad_id(self.tokenizer)).to(self.base.device)
+            batch = collate([examples[row] for row in rows], pad_id(self.tokenizer)).to(self.base.device)
             index_B = None if index is None else torch.tensor([index[row] for row in rows])
             with nullcontext() if weights is None else weights.attach(self.base, index_B):
                 loss_B = row_losses(self.base, batch, None)
@@ -219,7 +219,8 @@ def tokenizer_of(base: BaseModel) -> PreTrainedTokenizerBase:
     return base.tokenizer
 
 
-def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """What batches are padded with: the end mark where the tokenizer has no padding of its own."""
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
 

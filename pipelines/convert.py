@@ -3,9 +3,9 @@
     read, normalise, tokenise (tasks) -> unique names (one actor) -> buffers of like size
     -> adapters, shards, commits (actor pool) -> receipts -> the driver: progress, summary, rejects
 
-In: a source (`pipelines.sources`), a store, a recipe, which says by which method. Out: documents and adapters in the store, a
-`Summary`, and a JSONL file of rejects: every document without adapter, and why. What the store holds is left alone, so a rerun
-converts what is missing.
+In: a source (`pipelines.sources`), or documents of the store itself (`pipelines.promotion`); a store; a recipe, which says by
+which method. Out: documents and adapters in the store, a `Summary`, and a JSONL file of rejects: every document without adapter,
+and why. What the store holds is left alone, so a rerun converts what is missing.
 
 Vectors go from the actor straight to the store, one commit a buffer or a shard's bytes; the driver sees receipts alone. Lengths
 are sorted within a buffer, which is all that is held: any corpus streams. Order is the source's, so batches are the same in
@@ -18,7 +18,7 @@ Runs on the Ray that the process is connected to, and wants a logical CPU more t
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from itertools import islice
@@ -33,20 +33,21 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from core.adapter_writing import AdapterWriter, HypernetworkWriter, Rejected, WindowRule, Written
+from core.adapter_writing import AdapterWriter, HypernetworkWriter, Outcome, Rejected, WindowRule, Written
 from core.base_model import load_base
+from core.chat_endpoint import api_key
 from core.codec import Encoding
-from core.config import RunSection, Section
+from core.config import RunSection, Section, load
 from core.documents import Document
 from core.hypernetwork import Hypernetwork
 from core.lift_writing import LiftRecipe, LiftWriter
-from core.manifest import AdapterRow
+from core.manifest import AdapterRow, NewAdapter
 from core.prompts import encode
-from core.question_endpoint import api_key
 from core.store import Store
 from pipelines import sources
 from pipelines.receipts import Receipt, Status, Summary, receipt_of, to_table
 
+CHANGED = "the document was replaced or deleted while it was lifted: run again"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -93,6 +94,26 @@ class ConvertRecipe(Section):
         return self
 
 
+def load_recipe(
+    path: Path | None, method: str | None, base: str, hypernetwork: str | None, preset: str | None, changes: Iterable[str]
+) -> ConvertRecipe:
+    """A recipe with what the command line names; a recipe file names its base itself."""
+    given = {"method": method, "base": None if path else base, "hypernetwork": hypernetwork, "lift.preset": preset}
+    return load(ConvertRecipe, path, [*(f"{name}={value}" for name, value in given.items() if value is not None), *changes])
+
+
+class Corpus(NamedTuple):
+    """What is converted: rows of `sources.ROWS`, as a stream that begins when the job does, and the sum of their `source_bytes`.
+
+    in_store: the rows are the store's own documents. Then nothing but adapters is put, so that a job never undoes an edit or a
+    deletion made while it runs: a document that has changed is rejected.
+    """
+
+    dataset: "Callable[[], ray.data.Dataset]"
+    size_bytes: int
+    in_store: bool = False
+
+
 def convert(
     source: str, store_url: str, recipe: ConvertRecipe, progress: Console | None = None, rejects: Path | None = None
 ) -> Summary:
@@ -101,10 +122,16 @@ def convert(
     progress: where a bar is drawn. rejects: the file for rejects, beside the store by default. Raises `ValueError` for a source,
     store, base or hypernetwork that is not there; never for a document.
     """
-    start = time.time()
-    recipe = _checked(recipe)
-    corpus = sources.open_source(source, recipe.tenant, recipe.collection, recipe.run.max_document_bytes)
-    store = Store.open(store_url, create=True)
+    start, recipe = time.time(), checked(recipe)
+    found = sources.open_source(source, recipe.tenant, recipe.collection, recipe.run.max_document_bytes)
+    corpus = Corpus(partial(sources.dataset, found), found.size_bytes)
+    return convert_corpus(corpus, Store.open(store_url, create=True), recipe, start, progress, rejects)
+
+
+def convert_corpus(
+    corpus: Corpus, store: Store, recipe: ConvertRecipe, start: float, progress: Console | None, rejects: Path | None
+) -> Summary:
+    """`convert` by a `checked` recipe, with the source opened. start: Unix time from which start-up counts."""
     if rejects is None:
         rejects = Path(store.url.removeprefix("file://") + ".rejects.jsonl")
     rejects.parent.mkdir(parents=True, exist_ok=True)
@@ -123,7 +150,7 @@ def convert(
     return summary
 
 
-def _checked(recipe: ConvertRecipe) -> ConvertRecipe:
+def checked(recipe: ConvertRecipe) -> ConvertRecipe:
     """With local paths that are the same in every process. On a local Ray, an endpoint's missing key is found here."""
     lift = recipe.lift
     if recipe.method == "lift" and lift.questions.endpoint is not None and "RAY_ADDRESS" not in os.environ:
@@ -136,7 +163,7 @@ def _checked(recipe: ConvertRecipe) -> ConvertRecipe:
     return recipe.model_copy(update={"lift": lift.model_copy(update=changes)})
 
 
-def receipts(corpus: sources.Source, store_url: str, recipe: ConvertRecipe) -> Iterator[list[Receipt]]:
+def receipts(corpus: Corpus, store_url: str, recipe: ConvertRecipe) -> Iterator[list[Receipt]]:
     """Runs the job; its receipts as they are committed, buffer by buffer in the source's order. Closing the iterator ends it."""
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = context.print_on_execution_start = False
@@ -144,8 +171,7 @@ def receipts(corpus: sources.Source, store_url: str, recipe: ConvertRecipe) -> I
     context.wait_for_min_actors_s = 3600
     run = recipe.run
     with ray.data.DataContext.current(context):
-        rows = sources.dataset(corpus)
-        rows = rows.map_batches(partial(_prepare, tokenizer=recipe.base), batch_size=None, batch_format="pyarrow")
+        rows = corpus.dataset().map_batches(partial(_prepare, tokenizer=recipe.base), batch_size=None, batch_format="pyarrow")
         one = ray.data.ActorPoolStrategy(size=1)
         rows = rows.map_batches(sources.UniqueNames, batch_size=None, batch_format="pyarrow", compute=one, num_cpus=0)
         rows = rows.repartition(target_num_rows_per_block=run.buffer_documents, strict=True)
@@ -153,7 +179,7 @@ def receipts(corpus: sources.Source, store_url: str, recipe: ConvertRecipe) -> I
             _Convert,
             batch_size=None,
             batch_format="pyarrow",
-            fn_constructor_kwargs={"store_url": store_url, "recipe": recipe},
+            fn_constructor_kwargs={"store_url": store_url, "recipe": recipe, "in_store": corpus.in_store},
             compute=ray.data.ActorPoolStrategy(min_size=min(run.min_actors, run.actors), max_size=run.actors),
             num_cpus=1,
             num_gpus=1 if run.device.startswith("cuda") else 0,
@@ -233,13 +259,18 @@ class _Entry(NamedTuple):
         )
 
 
-class _Convert:
-    """The actor: one writer with its loaded models, one open store."""
+_Pending = tuple[list[_Entry], Outcome]
+"""Documents of one content, and what was made for them."""
 
-    def __init__(self, store_url: str, recipe: ConvertRecipe) -> None:
+
+class _Convert:
+    """The actor: one writer with its loaded models, one open store. in_store: see `Corpus`."""
+
+    def __init__(self, store_url: str, recipe: ConvertRecipe, in_store: bool = False) -> None:
         torch.set_num_threads(recipe.run.threads)
         self._writer = open_writer(recipe)
         self._store = Store.open(store_url)
+        self._in_store = in_store
         self._shard_bytes, self._commit_s = recipe.run.shard_bytes, recipe.run.commit_s
 
     def __call__(self, rows: pa.Table) -> Iterator[pa.Table]:
@@ -253,6 +284,9 @@ class _Convert:
                 done.append(receipt_of(row, "rejected", row["reason"]))
                 continue
             entry = _Entry(row, _document(row))
+            if self._in_store and not self._stands(entry.document):
+                done.append(entry.receipt("rejected", reason=CHANGED))
+                continue
             ids = self._writer.adapter_ids(entry.document, len(row["ids"]))
             held = [adapter for adapter in map(self._store.adapter, ids) if adapter is not None]
             if not ids or len(held) < len(ids):
@@ -270,7 +304,7 @@ class _Convert:
 
     def _write(self, same_content: list[list[_Entry]]) -> Iterator[pa.Table]:
         """Makes the adapters of each content once, and commits whenever a shard is full or its time has come."""
-        pending: list[tuple[list[_Entry], Written | Rejected]] = []
+        pending: list[_Pending] = []
         pending_bytes, committed = 0, time.monotonic()
         first = [entries[0] for entries in same_content]
         outcomes = self._writer.write_each([entry.document for entry in first], [entry.row["ids"] for entry in first])
@@ -284,12 +318,15 @@ class _Convert:
         if pending:
             yield self._commit(pending)
 
-    def _commit(self, pending: Sequence[tuple[list[_Entry], Written | Rejected]]) -> pa.Table:
-        documents = [entry.document for entries, _ in pending for entry in entries]
-        new = [adapter for _, outcome in pending if isinstance(outcome, Written) for adapter in outcome.adapters]
-        rows = iter(self._store.put(documents, new).adapters)
-        self._writer.settled(adapter.adapter_id for adapter in new)
+    def _commit(self, pending: Sequence[_Pending]) -> pa.Table:
         done: list[Receipt] = []
+        made = _adapters(pending)
+        if self._in_store:
+            pending, changed = self._standing(pending)
+            done += [entry.receipt("rejected", reason=CHANGED) for entry in changed]
+        documents = [] if self._in_store else [entry.document for entries, _ in pending for entry in entries]
+        rows = iter(self._store.put(documents, _adapters(pending)).adapters)
+        self._writer.settled(adapter.adapter_id for adapter in made)
         for entries, outcome in pending:
             if isinstance(outcome, Rejected):
                 done += [entry.receipt("rejected", reason=outcome.reason) for entry in entries]
@@ -299,9 +336,24 @@ class _Convert:
                 done += [entry.receipt("shared", adapters) for entry in entries[1:]]
         return to_table(done)
 
+    def _standing(self, pending: Sequence[_Pending]) -> tuple[list[_Pending], list[_Entry]]:
+        """Those whose document is the store's present one, and the documents that are not."""
+        self._store.refresh()
+        kept: list[_Pending] = []
+        changed: list[_Entry] = []
+        for entries, outcome in pending:
+            standing = [entry for entry in entries if self._stands(entry.document)]
+            changed += [entry for entry in entries if entry not in standing]
+            kept += [(standing, outcome)] if standing else []
+        return kept, changed
+
     def _stands(self, document: Document) -> bool:
         live = self._store.find_document(document.tenant, document.collection, document.name)
         return live is not None and live.content_hash == document.content_hash
+
+
+def _adapters(pending: Sequence[_Pending]) -> list[NewAdapter]:
+    return [adapter for _, outcome in pending if isinstance(outcome, Written) for adapter in outcome.adapters]
 
 
 @contextmanager

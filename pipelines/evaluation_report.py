@@ -1,26 +1,25 @@
 """What an evaluation found, judged and written down: report.json, report.md, answers.jsonl and a figure.
 
-In: a `Report`. JSON is strict: a figure that does not exist (NaN) is null. Knows nothing of models; takes a second or two.
+In: a `Report`. Knows nothing of models; takes a second or two.
 """
 
-import json
-import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from core.metrics import Interval
 from pipelines.evaluate import Group, Report
 from pipelines.plots import Panel, grouped_bars
+from pipelines.report_writing import (
+    SPLIT_LABELS,
+    Bar,
+    interval,
+    number,
+    requirements,
+    strict,
+    table,
+    write_json,
+    write_json_lines,
+)
 
-SPLIT_LABELS = {
-    "all": "all",
-    "one_fact": "one fact",
-    "two_facts": "two facts",
-    "seen": "seen phrasing",
-    "held_out": "held-out phrasing",
-}
 CONDITION_LABELS = {
     "question_only": "question only",
     "in_context": "document in context",
@@ -29,21 +28,6 @@ CONDITION_LABELS = {
     "mean_adapter": "mean adapter",
 }
 GROUP_LABELS = {"all": "All documents", "level_1": "Level 1, one entity", "level_2": "Level 2, two or three entities"}
-
-
-@dataclass(frozen=True)
-class Bar:
-    """A requirement on the reference model: `value` against `limit`."""
-
-    name: str
-    value: float
-    relation: Literal[">=", "<="]
-    limit: float
-
-    @property
-    def passed(self) -> bool:
-        """NaN passes nothing."""
-        return self.value >= self.limit if self.relation == ">=" else self.value <= self.limit
 
 
 def bars(report: Report) -> list[Bar]:
@@ -79,7 +63,7 @@ def to_json(report: Report) -> dict[str, Any]:
     values = {
         "exact_match": {condition: scores["all"].exact_match.mean for condition, scores in overall.items()},
         "f1": {condition: scores["all"].f1.mean for condition, scores in overall.items()},
-        "bars": [{**asdict(bar), "passed": bar.passed} for bar in bars(report)],
+        "bars": [bar.to_json() for bar in bars(report)],
         "groups": report.groups,
         "adapters": report.adapters,
         "timings": report.timings,
@@ -90,28 +74,12 @@ def to_json(report: Report) -> dict[str, Any]:
     return found
 
 
-def strict(value: Any) -> Any:
-    """Dataclasses and intervals as JSON values; a figure that is not finite becomes null."""
-    if isinstance(value, Interval):
-        return strict(value._asdict())
-    if is_dataclass(value):
-        return strict({name: getattr(value, name) for name in value.__dataclass_fields__})
-    if isinstance(value, Mapping):
-        return {name: strict(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [strict(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
 def write_report(report: Report, directory: Path) -> None:
     """Writes report.json, report.md, answers.jsonl, exact_match.png and exact_match.svg into a directory."""
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "report.json").write_text(json.dumps(to_json(report), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    write_json(to_json(report), directory / "report.json")
     (directory / "report.md").write_text(markdown(report), encoding="utf-8")
-    with (directory / "answers.jsonl").open("w", encoding="utf-8") as lines:
-        lines.writelines(json.dumps(answer, ensure_ascii=False, allow_nan=False) + "\n" for answer in report.answers)
+    write_json_lines(report.answers, directory / "answers.jsonl")
     draw(report, directory / "exact_match")
 
 
@@ -139,13 +107,11 @@ def markdown(report: Report) -> str:
     """The report for people: scores by condition and split, requirements, collapse diagnostics, identity."""
     parts = ["# Evaluation", "![Exact match by condition](exact_match.png)"]
     if judged := bars(report):
-        met = {True: "yes", False: "**no**"}
-        rows = [[bar.name, _number(bar.value), f"{bar.relation} {bar.limit:g}", met[bar.passed]] for bar in judged]
-        parts += ["## Requirements", table(["requirement", "measured", "wanted", "met"], rows)]
+        parts += ["## Requirements", requirements(judged)]
     for name in _shown(report):
         parts += _group_parts(GROUP_LABELS[name], report.groups[name])
     if report.adapters:
-        rows = [[key.replace("_", " "), _number(value)] for key, value in report.adapters.items()]
+        rows = [[key.replace("_", " "), number(value)] for key, value in report.adapters.items()]
         parts += ["## Adapters", table(["figure", "value"], rows)]
     rows = [[key.replace("_", " "), f"{value:,.1f}"] for key, value in report.timings.items()]
     parts += ["## Speed", table(["figure", "value"], rows)]
@@ -160,32 +126,16 @@ def _group_parts(title: str, group: Group) -> list[str]:
     parts = [f"## {title}", f"{group.documents} documents. Means over questions, with 95 % intervals over documents."]
     for metric, heading in (("exact_match", "Exact match"), ("f1", "F1")):
         rows = [
-            [CONDITION_LABELS[name], *(_interval(getattr(scores[split], metric)) for split in splits)]
+            [CONDITION_LABELS[name], *(interval(getattr(scores[split], metric)) for split in splits)]
             for name, scores in group.scores.items()
         ]
         if metric == "exact_match":
             rows.append(["chance", *(f"{group.chance[split]:.3f}" for split in splits)])
         parts += [f"### {heading}", table(["condition", *columns], rows)]
-    rows = [[CONDITION_LABELS[name], *(_number(scores[split].loss) for split in splits)] for name, scores in group.scores.items()]
+    rows = [[CONDITION_LABELS[name], *(number(scores[split].loss) for split in splits)] for name, scores in group.scores.items()]
     parts += ["### Loss (nats per supervised token)", table(["condition", *columns], rows)]
     if group.collapse:
-        rows = [[key.replace("_", " "), _number(value)] for key, value in group.collapse.items() if not key.endswith("_loss")]
-        rows.append(["adapter / in context, exact match on one-fact questions", _number(group.ratio_one_fact)])
+        rows = [[key.replace("_", " "), number(value)] for key, value in group.collapse.items() if not key.endswith("_loss")]
+        rows.append(["adapter / in context, exact match on one-fact questions", number(group.ratio_one_fact)])
         parts += ["### What the adapters carry", table(["figure", "value"], rows)]
     return parts
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table; all columns but the first hold numbers."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _interval(value: Interval) -> str:
-    return f"{value.mean:.3f} ({value.low:.3f} to {value.high:.3f})"
-
-
-def _number(value: float) -> str:
-    if not math.isfinite(value):
-        return "none"
-    return f"{value:,}" if isinstance(value, int) else f"{value:.3f}"

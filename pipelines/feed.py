@@ -39,6 +39,7 @@ from core.examples import (
     packing,
     pretraining_example,
 )
+from core.lift_course import Curriculum
 from core.lift_examples import Reading, Wording, draw_pieces, recital, segment_example, timeline_example
 from core.prompts import Instructions, Limits, Turn, encode, render
 from core.sentences import sentences
@@ -56,6 +57,8 @@ Task = Literal[
     "contextualised",
     "timeline",
 ]
+TIMELINE_SENTENCES = Curriculum().timeline_sentences
+"""As many as LIFT's own timelines have."""
 COLUMNS = pa.schema(
     [
         ("context_ids", pa.list_(pa.int32())),
@@ -323,7 +326,7 @@ def _drawn_segment(
 
 def _timeline(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], feed: Feed, rng: random.Random) -> Example:
     ordered = [row["text"][start:end] for start, end in sentences(row["text"])]
-    return timeline_example(tokenizer, ordered, 5, feed.wording, feed.limits.conversation_tokens, rng)
+    return timeline_example(tokenizer, ordered, TIMELINE_SENTENCES, feed.wording, feed.limits.conversation_tokens, rng)
 
 
 _MAKERS: dict[str, Callable[[PreTrainedTokenizerBase, dict[str, Any], Feed, random.Random], Example]] = {

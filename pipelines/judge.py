@@ -2,26 +2,23 @@
 
 In: questions, accepted answers, what was said. Out: for each a verdict, True or False, or None where the judge gave none. A
 judge's score is the share of True among the verdicts, and is never mixed with exact match or F1. Costs one request an answer,
-`in_flight` at once. The same address, key and limits as question writing (`core.question_endpoint.EndpointRun`).
+`in_flight` at once, with the limits and retries of `core.chat_endpoint`.
 """
 
 import asyncio
 import re
-import ssl
 from collections.abc import Sequence
 from typing import Annotated, Any, NamedTuple
 
-import httpx
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import ConfigDict, Field
 
-from core.config import Section
-from core.question_endpoint import EndpointRun, api_key, retry_after_s
+from core.chat_endpoint import ChatEndpoint, Choice, Done, EndpointRun, api_key
+from core.config import Section, identity
 
-JUDGE_VERSION = "judge-1"
-"""Name of the prompt and of how replies are read. It stands beside every score."""
+JUDGE_VERSION = "judge-2"
+"""Name of the prompt and of how replies are read. It stands in the identity of every report with a judge's scores."""
 
 _VERDICT = re.compile(r"\b(yes|no)\b", re.IGNORECASE)
-_TRY_AGAIN = (408, 409, 425, 429)
 
 
 class JudgeSettings(Section):
@@ -42,21 +39,14 @@ class Claim(NamedTuple):
     said: str
 
 
-class _Message(BaseModel):
-    content: str | None = None
-
-
-class _Choice(BaseModel):
-    message: _Message
-
-
-class _Completion(BaseModel):
-    choices: Annotated[list[_Choice], Field(min_length=1)]
-
-
 def judge(claims: Sequence[Claim], settings: JudgeSettings) -> list[bool | None]:
     """A verdict for each claim, in order. Raises `ValueError` where the key is missing or the endpoint refuses all requests."""
-    return asyncio.run(_judge(claims, settings, api_key(settings.run)))
+    return asyncio.run(_judge(claims, settings, ChatEndpoint(settings.run, api_key(settings.run))))
+
+
+def producer(settings: JudgeSettings) -> dict[str, Any]:
+    """What bears the identity of verdicts, as JSON values."""
+    return {"version": JUDGE_VERSION, **identity(settings)}
 
 
 def request_body(claim: Claim, settings: JudgeSettings) -> dict[str, Any]:
@@ -72,50 +62,32 @@ def request_body(claim: Claim, settings: JudgeSettings) -> dict[str, Any]:
 
 
 def verdict(reply: str) -> bool | None:
-    """The last yes or no of a reply."""
+    """The last yes or no of a whole reply."""
     found = _VERDICT.findall(reply)
     return found[-1].lower() == "yes" if found else None
 
 
-async def _judge(claims: Sequence[Claim], settings: JudgeSettings, key: SecretStr | None) -> list[bool | None]:
-    run = settings.run
-    tls: ssl.SSLContext | bool = httpx.create_ssl_context() if run.url.startswith("https") else False
-    headers = {"Authorization": f"Bearer {key.get_secret_value()}"} if key else {}
-    gate = asyncio.Semaphore(run.in_flight)
-    async with httpx.AsyncClient(verify=tls, headers=headers, timeout=run.timeout_s) as client:
+async def _judge(claims: Sequence[Claim], settings: JudgeSettings, endpoint: ChatEndpoint) -> list[bool | None]:
+    verdicts: list[bool | None] = [None] * len(claims)
+    waiting = iter(enumerate(claims))
 
-        async def one(claim: Claim) -> bool | None:
-            async with gate:
-                return await _ask(client, request_body(claim, settings), run)
+    async def work() -> None:
+        async with endpoint.client() as client:
+            for place, claim in waiting:
+                done = await endpoint.ask(client, request_body(claim, settings), _read)
+                if isinstance(done, Done):
+                    verdicts[place] = done.value
+                elif done.reason == "endpoint":
+                    raise ValueError(f"the judge answers {done.detail}")
 
-        try:
-            async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(one(claim)) for claim in claims]
-        except ExceptionGroup as faults:
-            raise faults.exceptions[0] from None
-    return [task.result() for task in tasks]
+    try:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(min(settings.run.in_flight, len(claims))):
+                group.create_task(work())
+    except ExceptionGroup as faults:
+        raise faults.exceptions[0] from None
+    return verdicts
 
 
-async def _ask(client: httpx.AsyncClient, body: dict[str, Any], run: EndpointRun) -> bool | None:
-    for attempt in range(run.retries + 1):
-        asked_to_wait_s = 0.0
-        try:
-            response = await client.post(f"{run.url}/chat/completions", json=body)
-        except httpx.RequestError:
-            response = None
-        if response is not None and response.is_success:
-            try:
-                return verdict(_Completion.model_validate_json(response.content).choices[0].message.content or "")
-            except ValidationError:
-                return None
-        if response is not None:
-            if response.status_code in (401, 403, 404):
-                raise ValueError(
-                    f"the judge answers HTTP {response.status_code}: check its address, its key and the model's name"
-                )
-            if response.status_code < 500 and response.status_code not in _TRY_AGAIN:
-                return None
-            asked_to_wait_s = retry_after_s(response.headers.get("Retry-After", ""))
-        if attempt < run.retries:
-            await asyncio.sleep(min(run.backoff_limit_s, max(asked_to_wait_s, run.backoff_s * 2**attempt)))
-    return None
+def _read(choice: Choice) -> bool | None:
+    return None if choice.cut_off else verdict(choice.text)

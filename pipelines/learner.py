@@ -36,6 +36,7 @@ from core.hypernetwork import Hypernetwork
 from core.lift_forms import form_of
 from core.lora import LoraWeights, merged
 from core.objectives import hypernetwork_loss, language_loss
+from pipelines.asking import pad_id, tokenizer_of
 from pipelines.evaluate import validation_accuracy
 from pipelines.feed import Position, to_examples
 from pipelines.recipe import BaseRecipe, HypernetworkRecipe, PreLiftRecipe, Recipe, read_recipe
@@ -81,10 +82,12 @@ class BaseLearner(nn.Module):
             {"params": [p for p in self.parameters() if p.ndim <= 1], "weight_decay": 0.0},
         ]
 
+    def validate(self, corpus: str, documents: int) -> dict[str, float]:
+        """`validation_accuracy`, each document in context."""
+        return validation_accuracy(self.base, None, corpus, documents)
+
     def save(self, directory: Path) -> None:
-        self.model.save_pretrained(directory)
-        assert self.base.tokenizer is not None
-        self.base.tokenizer.save_pretrained(directory)
+        _save_base(self.base, directory)
 
 
 class HypernetworkLearner(nn.Module):
@@ -92,8 +95,7 @@ class HypernetworkLearner(nn.Module):
 
     def __init__(self, recipe: HypernetworkRecipe) -> None:
         super().__init__()
-        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[recipe.run.precision]
-        base = load_base(recipe.base, dtype=dtype, device=recipe.run.device)
+        base = _frozen_base(recipe)
         if recipe.start_from is None:
             self.hypernetwork = Hypernetwork(base, recipe.hypernetwork)
         else:
@@ -116,6 +118,10 @@ class HypernetworkLearner(nn.Module):
     def groups(self, weight_decay: float) -> list[dict[str, Any]]:
         return self.hypernetwork.parameter_groups(weight_decay)
 
+    def validate(self, corpus: str, documents: int) -> dict[str, float]:
+        """`validation_accuracy`, each document as its adapter."""
+        return validation_accuracy(self.base, self.hypernetwork, corpus, documents)
+
     def save(self, directory: Path) -> None:
         self.hypernetwork.save(directory)
 
@@ -125,8 +131,7 @@ class PreLiftLearner(nn.Module):
 
     def __init__(self, recipe: PreLiftRecipe) -> None:
         super().__init__()
-        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[recipe.run.precision]
-        self.base = load_base(recipe.base, dtype=dtype, device=recipe.run.device)
+        self.base = _frozen_base(recipe)
         self._form = form_of(self.base, recipe.adapter)
         initial_N = self._form.initial(torch.Generator().manual_seed(recipe.seed))
         self.flat_N = nn.Parameter(initial_N.to(self.base.device))
@@ -135,15 +140,19 @@ class PreLiftLearner(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Summed loss."""
-        with self.base.checkpointing(self._checkpointing), self.attached():
+        with self.base.checkpointing(self._checkpointing), self._attached():
             return language_loss(self.base, batch)
 
-    def attached(self) -> AbstractContextManager[None]:
-        """The base under the adapter as it stands."""
+    def _attached(self) -> AbstractContextManager[None]:
         return self._form.attach(self.flat_N[None], None)
 
     def groups(self, weight_decay: float) -> list[dict[str, Any]]:
         return [{"params": [self.flat_N], "weight_decay": weight_decay}]
+
+    def validate(self, corpus: str, documents: int) -> dict[str, float]:
+        """`validation_accuracy`, each document in context, under the adapter."""
+        with self._attached():
+            return validation_accuracy(self.base, None, corpus, documents)
 
     def save(self, directory: Path) -> None:
         """The adapter as LIFT starts from it, or a base with it in its weights."""
@@ -153,9 +162,18 @@ class PreLiftLearner(nn.Module):
             return
         assert isinstance(weights, LoraWeights), "the recipe allows only LoRA here"
         with merged(self.base, weights):
-            self.base.model.save_pretrained(directory)
-        assert self.base.tokenizer is not None
-        self.base.tokenizer.save_pretrained(directory)
+            _save_base(self.base, directory)
+
+
+def _frozen_base(recipe: HypernetworkRecipe | PreLiftRecipe) -> BaseModel:
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[recipe.run.precision]
+    return load_base(recipe.base, dtype=dtype, device=recipe.run.device)
+
+
+def _save_base(base: BaseModel, directory: Path) -> None:
+    base.model.save_pretrained(directory)
+    assert base.tokenizer is not None
+    base.tokenizer.save_pretrained(directory)
 
 
 Learner = BaseLearner | HypernetworkLearner | PreLiftLearner
@@ -239,9 +257,7 @@ def _initialise(learner: Learner, recipe: Recipe) -> Any:
 def _run_stage(engine: Any, learner: Learner, recipe: Recipe, number: int, state: dict[str, int], queue: Queue | None) -> None:
     stage, ranks = recipe.stages[number], dist.get_world_size()
     share = recipe.optimiser.global_batch // ranks
-    tokenizer = learner.base.tokenizer
-    assert tokenizer is not None
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    padding = pad_id(tokenizer_of(learner.base))
     autocast = torch.autocast(recipe.run.device, torch.bfloat16) if recipe.run.precision == "bf16" else nullcontext()
     shard = ray.train.get_dataset_shard(str(number))
     rows = _batches(shard, share, Position(state["window"], state["offset"]))
@@ -253,7 +269,7 @@ def _run_stage(engine: Any, learner: Learner, recipe: Recipe, number: int, state
         # Alike lengths together: less padding, and within a step the order means nothing.
         examples = sorted(to_examples(table), key=lambda example: len(example.ids))
         micro = recipe.run.micro_batch or share
-        batches = [collate(examples[i : i + micro], pad_id, recipe.run.pad_to_multiple) for i in range(0, share, micro)]
+        batches = [collate(examples[i : i + micro], padding, recipe.run.pad_to_multiple) for i in range(0, share, micro)]
         tokens = torch.tensor(sum(batch.tokens for batch in batches))
         dist.all_reduce(tokens_on := tokens.to(learner.base.device))
         for group in engine.optimizer.param_groups:
@@ -288,9 +304,7 @@ def _run_stage(engine: Any, learner: Learner, recipe: Recipe, number: int, state
             started, losses, targets = time.monotonic(), 0.0, 0
         if run.validation.corpus and (done % run.validation.every_steps == 0 or state["step"] == stage.steps):
             if dist.get_rank() == 0:
-                hypernetwork = learner.hypernetwork if isinstance(learner, HypernetworkLearner) else None
-                with learner.attached() if isinstance(learner, PreLiftLearner) else nullcontext():
-                    metrics |= validation_accuracy(learner.base, hypernetwork, run.validation.corpus, run.validation.documents)
+                metrics |= learner.validate(run.validation.corpus, run.validation.documents)
             started = time.monotonic()
         if len(metrics) > 3 and queue is not None and dist.get_rank() == 0:
             queue.put(metrics)

@@ -6,6 +6,7 @@ Costs what lifting every document three to five times costs, and what `evaluate_
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -24,7 +25,7 @@ from core.question_endpoint import EndpointSettings
 from core.question_writing import RuleSettings
 from pipelines import sources
 from pipelines.asking import tokenizer_of
-from pipelines.judge import Claim, JudgeSettings, judge
+from pipelines.judge import JudgeSettings, judge, producer
 from pipelines.lift_evaluation import LiftEvaluationSettings, LiftReport, Sheet, evaluate_lift, gate_telemetry
 from pipelines.lifting import jobs_of, lifted, rule_questions, shine_adapters, write_questions
 from pipelines.long_documents import LongDocument
@@ -74,17 +75,15 @@ def compare(
             starts = shine_adapters(hypernetwork, documents, settings.window_tokens, compose=False)
             started = lifted(base, jobs_of(documents, pairs, starts), settings.lift, settings.run)
             adapters["lift_from_shine"] = started.adapters
-    asked = None if settings.judge is None else partial(_judged, settings.judge)
+    asked = None if settings.judge is None else partial(judge, settings=settings.judge)
     report = evaluate_lift(base, documents, adapters, settings.evaluation, asked, settings.raw if settings.full else None)
+    if settings.judge is not None:
+        report = replace(report, identity={**report.identity, "judge": producer(settings.judge)})
     memories = [memory for memory in adapters.get("gated_memory", ()) if isinstance(memory, GatedMemory)]
     if len(memories) < 2:
         return Compared(report, {})
     sheet = Sheet(base, documents, settings.evaluation)
     return Compared(report, gate_telemetry(base, sheet, memories, settings.evaluation.run))
-
-
-def _judged(settings: JudgeSettings, claims: Sequence[tuple[str, Sequence[str], str]]) -> list[bool | None]:
-    return judge([Claim(*claim) for claim in claims], settings)
 
 
 def plan(source: str, base: BaseModel, settings: PlanSettings) -> LiftPlan:

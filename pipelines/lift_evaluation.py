@@ -38,10 +38,11 @@ from core.metrics import Interval, mean_interval
 from core.prompts import IGNORED, Turn, encode, head_tail, in_context, render
 from core.retrieval import RetrievalSettings, Retriever
 from pipelines.asking import SPARE_TOKENS, Asker, Result, Throughput, evaluating, tokenizer_of
+from pipelines.judge import Claim
 from pipelines.long_documents import LongDocument
 
 Shown = Literal["nothing", "truncated", "passage", "retrieved"]
-Judge = Callable[[Sequence[tuple[str, Sequence[str], str]]], Sequence[bool | None]]
+Judge = Callable[[Sequence[Claim]], Sequence[bool | None]]
 ELLIPSIS = "..."
 RESAMPLES = 2000
 
@@ -313,7 +314,7 @@ def _judged(judge: Judge | None, sheet: Sheet, result: Result) -> np.ndarray | N
     """Verdicts as 1 and 0, NaN without one."""
     if judge is None:
         return None
-    verdicts = judge([(q.question, q.answers, said) for q, said in zip(sheet.asked, result.answers, strict=True)])
+    verdicts = judge([Claim(q.question, q.answers, said) for q, said in zip(sheet.asked, result.answers, strict=True)])
     return np.array([np.nan if verdict is None else float(verdict) for verdict in verdicts])
 
 

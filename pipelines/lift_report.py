@@ -1,22 +1,29 @@
 """What the comparison of LIFT with its baselines found, judged and written down: lift.json, lift.md, answers and figures.
 
-In: a `LiftReport`, gate telemetry where there is some. Out: strict JSON (a figure that does not exist is
-null), Markdown, figures. Knows nothing of models; takes a second or two.
+In: a `LiftReport`, gate telemetry where there is some. Out: strict JSON, Markdown, figures. Knows nothing of models; takes a
+second or two.
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from core.metrics import Interval, mean_interval
-from pipelines.evaluation_report import Bar, strict, table
 from pipelines.lift_evaluation import LiftReport
 from pipelines.plots import Panel, grouped_bars, heat_maps
+from pipelines.report_writing import (
+    SPLIT_LABELS,
+    Bar,
+    interval,
+    requirements,
+    strict,
+    table,
+    write_json,
+    write_json_lines,
+)
 
 METHOD_LABELS = {
     "question_only": "question only",
@@ -33,7 +40,6 @@ METHOD_LABELS = {
     "gated_memory": "LIFT, Gated Memory",
     "gated_memory_in_context": "LIFT, Gated Memory + document in context",
 }
-SPLIT_LABELS = {"one_fact": "one fact", "two_facts": "two facts", "seen": "seen phrasing", "held_out": "held-out phrasing"}
 ORACLE_SHARE = 0.9
 """What LIFT shall reach of the oracle's exact match; fixed before anything was measured."""
 
@@ -72,7 +78,7 @@ def to_json(report: LiftReport, gates: Mapping[str, Any] | None = None) -> dict[
     gains = {name: gain_over_better(report, name) for name in ("lift", "gated_memory")}
     values = strict(
         {
-            "bars": [{**asdict(bar), "passed": bar.passed} for bar in bars(report)],
+            "bars": [bar.to_json() for bar in bars(report)],
             "questions": report.questions,
             "scores": report.scores,
             "share_of_oracle": shares,
@@ -95,21 +101,23 @@ def markdown(report: LiftReport) -> str:
     count = len(next(iter(report.by_document.values())))
     parts = [f"{count} documents. Means over documents of means over questions, with 95 % intervals over documents."]
     if judged := bars(report):
-        met = {True: "yes", False: "**no**"}
-        rows = [[bar.name, f"{bar.value:.3f}", f"{bar.relation} {bar.limit:g}", met[bar.passed]] for bar in judged]
-        parts.append(table(["requirement", "measured", "wanted", "met"], rows))
+        parts.append(requirements(judged))
     columns = [f"{SPLIT_LABELS.get(split, split)} ({report.questions[split]})" for split in splits]
     for metric, heading in (("exact_match", "Exact match"), ("f1", "F1"), ("judged", "Judge")):
         found = {name: [getattr(scores[split], metric) for split in splits] for name, scores in report.scores.items()}
         if any(value is not None for values in found.values() for value in values):
-            rows = [[METHOD_LABELS.get(name, name), *map(_interval, values)] for name, values in found.items()]
+            rows = [[METHOD_LABELS.get(name, name), *map(interval, values)] for name, values in found.items()]
             parts += [f"## {heading}", table(["method", *columns], rows)]
-    rows = [[METHOD_LABELS.get(name, name) if name else "bare base", _interval(value)] for name, value in report.nll.items()]
-    parts += ["## The document's own text (nats a token)", table(["adapter", "NLL"], rows)]
+    parts += ["## The document's own text (nats a token)", _by_adapters(report.nll, "NLL")]
     if report.reading:
-        rows = [[METHOD_LABELS.get(name, name) if name else "bare base", _interval(v)] for name, v in report.reading.items()]
-        parts += ["## Reading another document's passage in context (exact match)", table(["adapter", "exact match"], rows)]
+        heading = "## Reading another document's passage in context (exact match)"
+        parts += [heading, _by_adapters(report.reading, "exact match")]
     return "\n\n".join(["# LIFT", *parts]) + "\n"
+
+
+def _by_adapters(values: Mapping[str, Interval], figure: str) -> str:
+    rows = [[METHOD_LABELS.get(name, name) or "bare base", interval(value)] for name, value in values.items()]
+    return table(["adapter", figure], rows)
 
 
 def write_lift_report(
@@ -118,10 +126,9 @@ def write_lift_report(
     """Writes lift.json, lift.md, lift_answers.jsonl, lift.png and .svg, and gates.png and .svg; returns the JSON values."""
     directory.mkdir(parents=True, exist_ok=True)
     values = to_json(report, gates)
-    (directory / "lift.json").write_text(json.dumps(values, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    write_json(values, directory / "lift.json")
     (directory / "lift.md").write_text(markdown(report), encoding="utf-8")
-    with (directory / "lift_answers.jsonl").open("w", encoding="utf-8") as lines:
-        lines.writelines(json.dumps(answer, ensure_ascii=False, allow_nan=False) + "\n" for answer in report.answers)
+    write_json_lines(report.answers, directory / "lift_answers.jsonl")
     draw(report, directory / "lift")
     if gates:
         draw_gates(gates, directory / "gates")
@@ -147,7 +154,3 @@ def draw_gates(gates: Mapping[str, Sequence[Sequence[float]]], path: Path) -> tu
     """Mean gates by layer and head, one panel for each kind of text; writes PNG and SVG and returns their paths."""
     titles = {name.replace("_", " "): rows for name, rows in gates.items()}
     return heat_maps(titles, "Mean gate of the memory", ("layer", "head"), path)
-
-
-def _interval(value: Interval | None) -> str:
-    return "none" if value is None else f"{value.mean:.3f} ({value.low:.3f} to {value.high:.3f})"

@@ -10,20 +10,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 from core.adapter import AdapterWeights
 from core.adapter_writing import HypernetworkWriter, Rejected, WindowRule
 from core.base_model import BaseModel
-from core.codec import decode
-from core.examples import QuestionAnswer
+from core.examples import QuestionAnswer, question_answers
 from core.hypernetwork import Hypernetwork
 from core.lift import Job, Lift, train
 from core.lift_course import FixedQuestions
-from core.lift_forms import form_of
 from core.lift_settings import LiftRun, LiftSettings
-from core.lora import LoraWeights
-from core.question_endpoint import EndpointSettings, Usage
+from core.question_endpoint import EndpointSettings, QuestionUsage
 from core.question_stream import Failure, QuestionWriter
 from core.question_writing import RuleSettings, write_by_rules
 from pipelines.long_documents import LongDocument, as_document
@@ -34,7 +29,7 @@ class WrittenQuestions(NamedTuple):
 
     pairs: list[list[QuestionAnswer]]
     failures: list[list[Failure]]
-    usage: Usage
+    usage: QuestionUsage
     seconds: float
 
 
@@ -45,14 +40,13 @@ def write_questions(
     started = time.monotonic()
     with QuestionWriter(settings, cache_path) as writer:
         streams = [writer.write(as_document(document)) for document in documents]
-        pairs = [[QuestionAnswer(pair.question, pair.answer) for pair in stream.result()] for stream in streams]
+        pairs = [question_answers(stream.result()) for stream in streams]
         return WrittenQuestions(pairs, [stream.failures for stream in streams], writer.usage, time.monotonic() - started)
 
 
 def rule_questions(documents: Sequence[LongDocument], settings: RuleSettings | None = None) -> list[list[QuestionAnswer]]:
     """What the rules ask about each document."""
-    written = [write_by_rules(as_document(document), settings) for document in documents]
-    return [[QuestionAnswer(pair.question, pair.answer) for pair in pairs] for pairs in written]
+    return [question_answers(write_by_rules(as_document(document), settings)) for document in documents]
 
 
 class Lifted(NamedTuple):
@@ -102,11 +96,11 @@ def snapshots(
 
     All documents step together; one that is done keeps its adapter. Raises `ValueError` where a document fails.
     """
-    lift, form = Lift(base, settings, (run or LiftRun()).model_copy(update={"slots": len(jobs)})), form_of(base, settings.adapter)
+    lift = Lift(base, settings, (run or LiftRun()).model_copy(update={"slots": len(jobs)}))
     wanted, order, done, step = set(at_steps), [job.key for job in jobs], dict[str, AdapterWeights](), 0
 
     def now() -> list[AdapterWeights]:
-        rows = done | {state.key: form.stored(state.flat_N[None].clone()) for state in lift.states()}
+        rows = done | {state.key: lift.form.stored(state.flat_N[None].clone()) for state in lift.states()}
         return [rows[key] for key in order]
 
     for job in jobs:
@@ -125,7 +119,7 @@ def snapshots(
 
 def shine_adapters(
     hypernetwork: Hypernetwork, documents: Sequence[LongDocument], window_tokens: int | None = None, compose: bool = True
-) -> list[LoraWeights]:
+) -> list[AdapterWeights]:
     """What the hypernetwork writes for each document in windows: composed to one adapter, or all of them.
 
     Raises `ValueError` where it writes none.
@@ -136,6 +130,5 @@ def shine_adapters(
     for document, outcome in zip(documents, outcomes, strict=True):
         if isinstance(outcome, Rejected):
             raise ValueError(f"document {document.id!r} has no adapter: {outcome.reason}")
-        flat_BN = torch.stack([decode(part.blob(), part.spec.numel, part.encoding) for part in outcome.adapters])
-        adapters.append(LoraWeights(hypernetwork.spec, flat_BN.to(hypernetwork.base.device)))
+        adapters.append(outcome.weights().to(hypernetwork.base.device))
     return adapters

@@ -65,17 +65,25 @@ def _draw(axes: Axes, panel: Panel, value_label: str, line_label: str) -> None:
             top = max(bar.mean, bar.high, level) + 0.015
             size = 7.5 if len(panel.series) <= len(COLOURS) else 5
             axes.text(place, top, f"{100 * bar.mean:.0f}", ha="center", va="bottom", fontsize=size, color=INK)
-    axes.set_title(panel.title, loc="left", fontsize=10, color=INK)
+    _frame(axes, panel.title, ("", value_label), hidden=("top", "right", "left"))
     axes.set_xticks(groups, panel.groups)
     axes.set_xlim(-0.55, len(panel.groups) - 0.45)
-    axes.set_ylabel(value_label)
     axes.set_ylim(0, 1.09)
     axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.yaxis.grid(True, color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.tick_params(length=0, colors=INK, labelsize=9)
+
+
+def _frame(
+    axes: Axes, title: str, labels: tuple[str, str], hidden: Sequence[str] = ("top", "right"), label_size: float = 9
+) -> None:
+    """What all panels share: the title, what the axes say, and no more lines than needed."""
+    axes.set_title(title, loc="left", fontsize=10, color=INK)
+    axes.set_xlabel(labels[0])
+    axes.set_ylabel(labels[1])
+    axes.spines[list(hidden)].set_visible(False)
+    axes.tick_params(length=0, colors=INK, labelsize=label_size)
 
 
 def training_curves(records: Sequence[Mapping[str, Any]], path: Path) -> tuple[Path, Path]:
@@ -87,17 +95,11 @@ def training_curves(records: Sequence[Mapping[str, Any]], path: Path) -> tuple[P
         axes.plot(
             *zip(*points, strict=True), color=COLOURS[1], linewidth=1.6, marker="o" if len(points) < 30 else "", markersize=4
         )
-        axes.set_title(title, loc="left", fontsize=10, color=INK)
-        axes.set_xlabel("step")
+        _frame(axes, title, ("step", ""))
         axes.grid(True, color=GRID, linewidth=0.8)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(length=0, colors=INK, labelsize=9)
     right.set_ylim(0, 1)
     right.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    paths = path.with_suffix(".png"), path.with_suffix(".svg")
-    for file in paths:
-        figure.savefig(file, dpi=150)
-    return paths
+    return _saved(figure, path)
 
 
 @dataclass(frozen=True)
@@ -128,12 +130,8 @@ def curves(panels: Sequence[Curves], title: str, path: Path) -> tuple[Path, Path
         for label, place in panel.marks.items():
             axes.axvline(place, color=INK, linestyle=(0, (3, 2)), linewidth=1)
             axes.text(place, 0.98, f" {label}", transform=axes.get_xaxis_transform(), va="top", fontsize=8, color=INK)
-        axes.set_title(panel.title, loc="left", fontsize=10, color=INK)
-        axes.set_xlabel(panel.x_label)
-        axes.set_ylabel(panel.y_label)
+        _frame(axes, panel.title, (panel.x_label, panel.y_label))
         axes.grid(True, color=GRID, linewidth=0.8)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(length=0, colors=INK, labelsize=9)
     figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold", color=INK)
     figure.legend(handles=list(handles.values()), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     return _saved(figure, path)
@@ -157,13 +155,9 @@ def heat_maps(
                 for x, value in enumerate(row):
                     dark = value < (bounds["vmin"] + bounds["vmax"]) / 2
                     axes.text(x, y, f"{value:.{digits}f}", ha="center", va="center", fontsize=7, color="white" if dark else INK)
-        axes.set_title(name, loc="left", fontsize=10, color=INK)
-        axes.set_ylabel(labels[0])
-        axes.set_xlabel(labels[1])
+        _frame(axes, name, (labels[1], labels[0]), hidden=("top", "right", "left", "bottom"), label_size=8)
         axes.set_yticks(range(len(rows)))
         axes.set_xticks(range(len(rows[0])))
-        axes.spines[["top", "right", "left", "bottom"]].set_visible(False)
-        axes.tick_params(length=0, colors=INK, labelsize=8)
     figure.colorbar(image, ax=list(panels), shrink=0.8)
     figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold", color=INK)
     return _saved(figure, path)

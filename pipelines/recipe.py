@@ -1,6 +1,5 @@
 """The recipes of training: what TOML may say, and what each value means. Knows nothing of how training runs."""
 
-import math
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
@@ -8,6 +7,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from core.config import RunSection, Section
 from core.hypernetwork import HypernetworkSettings
 from core.lift_forms import AdapterSettings
+from core.schedules import Decay, decay_factor
 from pipelines.feed import Feed, Task
 
 
@@ -19,15 +19,14 @@ class Stage(Section):
     steps: PositiveInt
     learning_rate: PositiveFloat
     warmup_steps: NonNegativeInt = 0
-    decay: Literal["constant", "linear", "cosine"] = "linear"
+    decay: Decay = "linear"
 
     def rate(self, step: int) -> float:
         """Learning rate of a step of this stage, counted from 0: linear warm-up, then decay to zero at the last step."""
         if step < self.warmup_steps:
             return self.learning_rate * (step + 1) / self.warmup_steps
         share = (step - self.warmup_steps) / max(self.steps - self.warmup_steps, 1)
-        factor = {"constant": 1.0, "linear": 1 - share, "cosine": (1 + math.cos(math.pi * share)) / 2}[self.decay]
-        return self.learning_rate * factor
+        return self.learning_rate * decay_factor(self.decay, share)
 
 
 class Optimiser(Section):

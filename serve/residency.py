@@ -1,8 +1,8 @@
 """Adapters in host memory: fetched from the store on demand, checked, kept under a budget of bytes, the least recently used go.
 
-In: an `AdapterRow`. Out: `AdapterWeights` `[1, N]` on the CPU, in the base's type and at the engine's rank, ready to run. Entries
-are named by adapter id and blob hash, so bytes never answer for other bytes. One load an adapter, however many requests wait for
-it; loads of different adapters run side by side, at most `parallel_loads`, off the event loop and off the token loop.
+In: an `AdapterRow`. Out: `AdapterWeights` `[1, N]` on the CPU, in the base's type and under the engine's spec, ready to run.
+Entries are named by adapter id and blob hash, so bytes never answer for other bytes. One load an adapter, however many requests
+wait for it; loads of different adapters run side by side, at most `parallel_loads`, off the event loop and off the token loop.
 
 An adapter that does not fit this base, is not finite, or changes nothing is refused (`AdapterUnusable`): a request for a document
 is never answered by the base alone.
@@ -46,8 +46,8 @@ class ResidencyCounters:
 class Residency:
     """The adapters in memory. `get` and `counters` belong to one event loop; `close` ends the loading threads.
 
-    spec: of the engine; adapters of lower rank are padded to it, so all take `adapter_bytes`. Raises `ValueError` for a budget
-    that does not hold one adapter.
+    spec: of the engine; adapters of lower rank or fewer sites are padded to it, so all take `adapter_bytes`. Raises `ValueError`
+    for a budget that does not hold one adapter.
     """
 
     def __init__(self, store: Store, spec: AdapterSpec, dtype: torch.dtype, budget_bytes: int, parallel_loads: int = 4) -> None:
@@ -104,8 +104,8 @@ class Residency:
     def _read(self, row: AdapterRow) -> AdapterWeights:
         spec = self._store.spec(row.spec_fingerprint)
         name = f"adapter {row.adapter_id}"
-        if spec.with_rank(self._spec.rank) != self._spec:
-            raise AdapterUnusable(f"{name} was made for another base or other sites than those served: convert again")
+        if not self._spec.has_sites_of(spec):
+            raise AdapterUnusable(f"{name} was made for another base, or for sites that are not served: convert again")
         if spec.rank > self._spec.rank:
             raise AdapterUnusable(
                 f"{name} has rank {spec.rank}, and this server was started for rank {self._spec.rank}: start it again with "
@@ -116,4 +116,4 @@ class Residency:
             raise AdapterUnusable(f"{name} is not finite in {self._dtype}: serve the base in a wider type")
         if not changes_anything(weights):
             raise AdapterUnusable(f"{name} changes nothing: A B is zero in every linear, or every gate stays shut; make it again")
-        return weights_of(self._spec, weights.padded(self._spec.rank).flat_BN)
+        return weights.padded_to(self._spec)

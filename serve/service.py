@@ -1,8 +1,9 @@
 """From a request to its answer: resolve the model, have the adapter in memory, build the prompt, run the engine, give out text.
 
 In: `ChatRequest`s and `CompletionRequest`s. Out: `Answer`s, whose pieces come as they are made, and `ApiError`s. A prompt with a
-document that is too long is cut in the middle (LIFT's head and tail), which the answer says. Knows nothing of HTTP and Ray.
-Texts of requests and answers are never logged.
+document that is too long is cut in the middle (LIFT's head and tail), which the answer says. Requests that name a document and
+are not turned away at the door count as its demand (`core.demand`). Knows nothing of HTTP and Ray. Texts of requests and answers
+are never logged.
 """
 
 import asyncio
@@ -14,11 +15,13 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import NamedTuple, get_args
 
-from core.adapter import AdapterSpec, AdapterWeights, Gate
+from core.adapter import AdapterSpec, AdapterWeights, Gate, common_spec
 from core.base_model import BaseModel
+from core.demand import DemandCounter
 from core.engine import Engine, Request, Sampling, Token
 from core.gated_memory import memory_spec
 from core.lift_examples import Wording
+from core.lora import check_fits
 from core.manifest import StoreError
 from core.prompts import encode, head_tail, in_context, prompt, stop_ids
 from core.store import Store
@@ -83,27 +86,35 @@ class Service:
             Engine(base, spec, run.slots, run.max_length, run.prefill_tokens_per_step), max_queued=run.max_queued_requests
         )
         self._reading = ThreadPoolExecutor(1, thread_name_prefix="prompts")
+        self._demand = DemandCounter(run.demand_documents)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Inside, requests are answered and the store is followed; leaving it lets requests under way end."""
         self.engine.start()
-        following = asyncio.create_task(self.resolver.refresh_forever(self._run.refresh_s))
+        beside = [asyncio.create_task(self.resolver.refresh_forever(self._run.refresh_s))]
+        if self._run.demand_write_s:
+            beside.append(asyncio.create_task(self._write_demand_forever(self._run.demand_write_s)))
         try:
             yield
         finally:
-            following.cancel()
-            with suppress(asyncio.CancelledError):
-                await following
+            for task in beside:
+                task.cancel()
+                with suppress(asyncio.CancelledError):
+                    await task
             await self.engine.stop(self._run.drain_s)
             self.residency.close()
             self._reading.shutdown()
+            if self._run.demand_write_s:
+                await asyncio.to_thread(self._write_demand)
 
     @asynccontextmanager
     async def answer(self, body: ChatRequest | CompletionRequest) -> AsyncIterator[Answer]:
         """Begins an answer and ends it on leaving. `ApiError` where there is none to be had; its pieces may raise it too."""
         with as_api_errors(), self.engine.admitted():
             resolution = self.resolver.resolve(body.model).in_mode(body.imprint.mode)
+            if resolution.document is not None:
+                self._demand.count(resolution.document.key)
             adapter = None if resolution.adapter is None else await self.residency.get(resolution.adapter)
             shown = None if resolution.shown is None else await asyncio.to_thread(self.resolver.text, resolution.shown)
             prompt_ids, cut = await asyncio.get_running_loop().run_in_executor(self._reading, self._fitting_ids, body, shown)
@@ -112,6 +123,18 @@ class Service:
             text = AnswerText(self._tokenizer, body.stop, strip=isinstance(body, ChatRequest))
             async with self.engine.submitted(request) as tokens:
                 yield Answer(request.request_id, resolution, len(prompt_ids), _pieces(tokens, text))
+
+    async def _write_demand_forever(self, every_s: float) -> None:
+        while True:
+            await asyncio.sleep(every_s)
+            await asyncio.to_thread(self._write_demand)
+
+    def _write_demand(self) -> None:
+        """No request fails for its count's sake: what cannot be written now is kept for the next time."""
+        try:
+            self.store.write_demand(self._demand)
+        except (StoreError, OSError) as error:
+            log.warning("the demand could not be written, and will be tried again: %s", error)
 
     def _fitting_ids(self, body: ChatRequest | CompletionRequest, shown: str | None) -> tuple[Sequence[int], bool]:
         """The prompt, and whether it was cut in the middle to leave room for the answer: of the document alone, or not at all."""
@@ -166,16 +189,25 @@ class Service:
 
 
 def _served_spec(base: BaseModel, store: Store, resolver: Resolver, settings: ServeSettings) -> AdapterSpec:
-    """Of the preferred kind that has adapters for this base which may answer now; at the largest rank of theirs."""
+    """Of the preferred kind that has adapters for this base which may answer now: all sites, at the largest rank of theirs."""
     lora, memories = base.spec(1), _memory_specs(base)
     wanted = [lora, *memories] if settings.kind == "lora" else [*memories, lora]
     for kind in wanted:
         specs = [store.spec(fingerprint) for fingerprint in {row.spec_fingerprint for row in resolver.answering(kind.kind_name)}]
-        if ranks := [spec.rank for spec in specs if spec.with_rank(1) == kind]:
-            return kind.with_rank((settings.max_rank if kind.kind == settings.kind else None) or max(ranks))
+        if fitting := [spec for spec in specs if _fits(base, spec)]:
+            common = common_spec([kind, *fitting])
+            return common.with_rank((settings.max_rank if kind.kind == settings.kind else None) or common.rank)
     if settings.kind == "lora" or not memories:
         return lora.with_rank(settings.max_rank or RANK_OF_AN_EMPTY_STORE)
     return memory_spec(base, settings.max_rank)
+
+
+def _fits(base: BaseModel, spec: AdapterSpec) -> bool:
+    try:
+        check_fits(base, spec)
+    except ValueError:
+        return False
+    return True
 
 
 def _memory_specs(base: BaseModel) -> list[AdapterSpec]:

@@ -14,7 +14,9 @@ class ServeRun(RunSection):
     slots: requests that share a step; max_queued_requests: further ones that wait, beyond them clients are told to come again.
     adapter_memory_bytes: of adapters kept in host memory. refresh_s: a change of the store is seen within this time.
     max_length: prompt and answer of one request in tokens, by default what the base takes. default_max_tokens: of an answer whose
-    request names no number. drain_s: what requests under way get to end at a stop.
+    request names no number. drain_s: what requests under way get to end at a stop. demand_write_s: the requests of each document
+    are written into the store so often, and at a stop; 0 for never. demand_documents: beyond so many on one day, those that are
+    asked for least are forgotten (`core.demand`).
     """
 
     host: str = "127.0.0.1"
@@ -33,6 +35,8 @@ class ServeRun(RunSection):
     default_max_tokens: PositiveInt = 512
     max_body_bytes: PositiveInt = 2**21
     drain_s: float = Field(default=10.0, ge=0)
+    demand_write_s: float = Field(default=60.0, ge=0)
+    demand_documents: int = Field(default=50_000, ge=2)
 
 
 class ServeSettings(Section):
@@ -42,7 +46,7 @@ class ServeSettings(Section):
     answer, by default the one that wrote last for this base. kind: of the adapters that the engine runs, where the store has
     both; documents that have the other kind alone answer in context. max_rank: of adapters of this kind (of a gated memory the
     width), by default the largest that the store has for this base when the server starts (8 where it has none yet); all take as
-    much memory as this rank.
+    much memory as this rank over all sites, adapters of some sites alone too.
     """
 
     base: str

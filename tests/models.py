@@ -1,10 +1,14 @@
 """Tiny real models for tests: random weights, every architecture that the project claims."""
 
+from pathlib import Path
+
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
 from core.base_model import BaseModel
 from core.lora import LoraWeights
+from pipelines.world import WorldSpec, generate, write
+from pipelines.world_tokenizer import build_tokenizer
 
 SHAPE = {
     "vocab_size": 89,
@@ -45,6 +49,38 @@ def tiny_base(
             if name.endswith("bias") or "norm" in name:
                 torch.nn.init.normal_(parameter, mean=0.0 if name.endswith("bias") else 1.0, std=0.2)
     return BaseModel(model.to(dtype))
+
+
+def world_base(
+    max_length: int = 256, initializer_range: float = 0.2, hidden_size: int = 16, feed_forward: int = 24, num_heads: int = 2
+) -> BaseModel:
+    """A Qwen3 of two layers with the reference world's tokenizer; equal arguments give equal weights."""
+    tokenizer = build_tokenizer()
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=feed_forward,
+        num_hidden_layers=2,
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_heads // 2,
+        head_dim=8,
+        max_position_embeddings=max_length,
+        initializer_range=initializer_range,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return BaseModel(AutoModelForCausalLM.from_config(config), tokenizer)
+
+
+def write_world(root: Path, documents: int, rows_per_group: int) -> None:
+    """What training reads: `train`, a corpus of the reference world, and `base`, a tiny one with the world's tokenizer."""
+    write(generate(WorldSpec(count=documents)), root / "train", rows_per_group=rows_per_group)
+    base = world_base(hidden_size=32, feed_forward=48, num_heads=4)
+    for part in (base.model, base.tokenizer):
+        part.save_pretrained(root / "base")
 
 
 def random_adapters(

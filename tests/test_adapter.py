@@ -165,9 +165,16 @@ def test_json_that_counts_absurdly_many_layers(counts):
         AdapterSpec.from_json({"kind": "lora", "rank": 2, "layers": layers})
 
 
-def test_common_spec_takes_the_largest_rank():
+def test_common_spec_takes_the_largest_rank_and_all_sites():
     small = AdapterSpec((LAYER,), 2)
     assert common_spec([small, small.with_rank(5), small.with_rank(3)]) == small.with_rank(5)
+    without_bias = AdapterSpec(((SiteShape("q", 3, 5), SiteShape("v", 3, 4)),), 3)
+    both = AdapterSpec(((SiteShape("q", 3, 5, True), SiteShape("v", 3, 4), SiteShape("down", 7, 2)),), 3)
+    assert common_spec([small, without_bias]) == common_spec([without_bias, small]) == both
+    assert both.has_sites_of(small) and both.has_sites_of(without_bias) and both.has_sites_of(both)
+    assert not small.has_sites_of(both) and not without_bias.has_sites_of(small)
+    with pytest.raises(ValueError, match="different bases"):
+        common_spec([small, AdapterSpec(((SiteShape("q", 3, 6),),), 2)])
     with pytest.raises(ValueError, match="different bases"):
         common_spec([small, AdapterSpec((LAYER, LAYER), 2)])
     shifted, released = (AdapterSpec((MEMORY,), 2, "gated_memory", gate) for gate in ("shifted", "released"))

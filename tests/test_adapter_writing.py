@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 from core.adapter_writing import HypernetworkWriter, Rejected, WindowRule, Written, delta_norms, plan_batches
 from core.base_model import BaseModel
-from core.codec import Encoding, decode
+from core.codec import Encoding
 from core.documents import Document, Window
 from core.hypernetwork import Hypernetwork, HypernetworkSettings
 from core.lora import LoraWeights, compose, recompress
@@ -43,9 +43,9 @@ def alone(text_or_ids: str | list[int]) -> LoraWeights:
         return HYPERNETWORK.generate(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.int64))
 
 
-def vectors(outcome: object, encoding: Encoding) -> list[torch.Tensor]:
+def vectors(outcome: object) -> torch.Tensor:
     assert isinstance(outcome, Written)
-    return [decode(new.blob(), new.spec.numel, encoding) for new in outcome.adapters]
+    return outcome.weights().flat_BN
 
 
 @pytest.mark.parametrize(("encoding", "relative"), [("fp32", 1e-5), ("bf16", 2**-8)])
@@ -54,7 +54,7 @@ def test_batched_adapters_equal_those_of_each_document_alone(encoding: Encoding,
     documents = [document(text) for text in TEXTS]
     outcomes = writer.write(documents)
     for one, outcome in zip(documents, outcomes, strict=True):
-        [vector] = vectors(outcome, encoding)
+        [vector] = vectors(outcome)
         torch.testing.assert_close(vector, alone(one.text).flat_BN[0], rtol=relative, atol=1e-5)
         assert isinstance(outcome, Written) and outcome.error == 0
         [new] = outcome.adapters
@@ -68,7 +68,7 @@ def test_order_and_company_of_documents_do_not_matter() -> None:
     documents = [document(text) for text in TEXTS]
     forward, backward = writer.write(documents), writer.write(documents[::-1])[::-1]
     for one, other in zip(forward, backward, strict=True):
-        torch.testing.assert_close(vectors(one, "fp32"), vectors(other, "fp32"), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(vectors(one), vectors(other), rtol=1e-5, atol=1e-6)
 
 
 def test_a_long_document_becomes_one_adapter_with_its_error() -> None:
@@ -85,7 +85,7 @@ def test_a_long_document_becomes_one_adapter_with_its_error() -> None:
     assert (new.window, new.tokens) == (Window(0, 24), 24)
     assert writer.adapter_ids(long, 24) == [new.adapter_id]
     assert outcome.error == pytest.approx(error_B.item(), rel=1e-3) and 0 < outcome.error < 1 and other.error == 0
-    got = LoraWeights(writer.spec, vectors(outcome, "fp32")[0][None])
+    got = LoraWeights(writer.spec, vectors(outcome))
     for layer, site in {(entry.layer, entry.site) for entry in writer.spec.table}:
         (a, b), (c, d) = got.factors(layer, site), expected.factors(layer, site)
         torch.testing.assert_close(a @ b, c @ d, rtol=1e-3, atol=1e-5)
@@ -98,7 +98,7 @@ def test_a_long_document_may_keep_an_adapter_for_each_window() -> None:
     assert isinstance(outcome, Written) and outcome.error == 0
     assert [new.window for new in outcome.adapters] == [(0, 9), (9, 17), (17, 25)]
     assert writer.adapter_ids(one, 25) == [new.adapter_id for new in outcome.adapters]
-    for new, vector in zip(outcome.adapters, vectors(outcome, "fp32"), strict=True):
+    for new, vector in zip(outcome.adapters, vectors(outcome), strict=True):
         torch.testing.assert_close(vector, alone(ids[new.window.start : new.window.end]).flat_BN[0], rtol=1e-5, atol=1e-5)
 
 
@@ -118,7 +118,7 @@ def test_a_failing_document_is_rejected_alone() -> None:
     ):
         assert isinstance(outcome, Rejected) and outcome.reason.startswith(beginning)
     for outcome, tokens in ((good, ids[1]), (also_good, ids[5])):
-        torch.testing.assert_close(vectors(outcome, "fp32")[0], alone(tokens).flat_BN[0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(vectors(outcome)[0], alone(tokens).flat_BN[0], rtol=1e-5, atol=1e-5)
 
 
 def test_a_zero_delta_is_rejected() -> None:

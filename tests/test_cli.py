@@ -47,6 +47,9 @@ def test_help_lists_every_command():
 def test_errors_say_what_to_do(tmp_path, ray_local):
     assert "'validation' or 'test'" in fail("world", str(tmp_path), "--split", "nonsense")
     assert "no store at" in fail("export", str(tmp_path / "none"), "a", str(tmp_path / "out"))
+    for arguments in (["a"], ["a", "b", "--select", "demand > 1"], ["a", "b", "--dry-run"], ["a", "--dry-run"]):
+        assert "with --select the store alone" in fail("lift", *arguments)
+    assert "no store at" in fail("lift", str(tmp_path / "none"), "--select", "demand > 1", "--dry-run")
     assert "imprint serve" in fail("ask", "Who?", "--url", "http://127.0.0.1:9")
     assert "no recipe at" in fail("train", "base", "--run", str(tmp_path / "run"), "--recipe", str(tmp_path / "none.toml"))
     assert "optimiser.global_batch" in fail("train", "base", "--run", str(tmp_path / "run"), "--set", "optimiser.global_batch=-1")

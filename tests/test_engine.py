@@ -440,7 +440,7 @@ def bad_requests(base: BaseModel) -> list[tuple[Request, str]]:
         (Request("r", [1], 4, broken), "not finite"),
         (Request("r", [1], 4, adapters(base, 1, rank=5)[0]), "recompress"),
         (Request("r", [1], 4, LoraWeights(fine[0].spec, torch.cat([w.flat_BN for w in fine]))), "2 adapters: give one"),
-        (Request("r", [1], 4, LoraWeights(base.spec(4, ("q",)), torch.zeros(1, base.spec(4, ("q",)).numel))), "other sites"),
+        (Request("r", [1], 4, adapters(tiny_base("llama"), 1)[0]), "another base, or for more sites"),
     ]
 
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, Qwen3Config
 
 from core.base_model import BaseModel
 from core.examples import QuestionAnswer, in_context_example, question_examples
@@ -22,9 +21,10 @@ from core.prompts import Limits, in_context, prompt
 from pipelines import world
 from pipelines.asking import Asker, Questions, Throughput, from_hypernetwork, level_of
 from pipelines.evaluate import EvaluationSettings, Report, chunks, clustered_interval, derangement, evaluate, validation_accuracy
-from pipelines.evaluation_report import CONDITION_LABELS, Bar, bars, markdown, to_json, write_report
+from pipelines.evaluation_report import CONDITION_LABELS, bars, markdown, to_json, write_report
+from pipelines.report_writing import Bar
 from pipelines.world import WorldDocument
-from pipelines.world_tokenizer import build_tokenizer
+from tests.models import tiny_base, world_base
 
 THROUGHPUT = Throughput(slots=8, prefill_tokens_per_step=512, documents_at_once=3)
 CONDITIONS = list(CONDITION_LABELS)
@@ -35,23 +35,7 @@ LEVEL_1 = DOCUMENTS[:4]
 
 @pytest.fixture(scope="module")
 def base() -> BaseModel:
-    tokenizer = build_tokenizer()
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        max_position_embeddings=512,
-        initializer_range=0.5,
-        tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    return BaseModel(AutoModelForCausalLM.from_config(config), tokenizer)
+    return world_base(max_length=512, initializer_range=0.5)
 
 
 @pytest.fixture(scope="module")
@@ -365,4 +349,4 @@ def test_errors_say_what_to_give(base: BaseModel, weights: LoraWeights) -> None:
     with pytest.raises(ValueError, match="have no questions"):
         evaluate(base, None, [replace(document, questions=()) for document in LEVEL_1], SETTINGS)
     with pytest.raises(ValueError, match="no tokenizer"):
-        evaluate(BaseModel(AutoModelForCausalLM.from_config(base.model.config)), None, LEVEL_1, SETTINGS)
+        evaluate(tiny_base(), None, LEVEL_1, SETTINGS)

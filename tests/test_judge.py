@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from core.question_endpoint import EndpointRun
+from core.chat_endpoint import EndpointRun
 from pipelines.judge import Claim, JudgeSettings, judge, request_body, verdict
 
 CLAIMS = [Claim("Who?", ("Anna",), "Anna"), Claim("Who?", ("Anna",), "Boris"), Claim("Who?", ("Anna",), "")]
 
 
 @contextmanager
-def endpoint(replies: list[tuple[int, str]]) -> Iterator[tuple[str, list[Any]]]:
+def endpoint(replies: list[tuple[int, str]], finish_reason: str = "stop") -> Iterator[tuple[str, list[Any]]]:
     """Answers by turns; gives its url and what it was sent."""
     received: list[Any] = []
 
@@ -24,7 +24,7 @@ def endpoint(replies: list[tuple[int, str]]) -> Iterator[tuple[str, list[Any]]]:
         def do_POST(self) -> None:
             received.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
             status, content = replies[min(len(received), len(replies)) - 1]
-            body = json.dumps({"choices": [{"message": {"content": content}}]}).encode()
+            body = json.dumps({"choices": [{"message": {"content": content}, "finish_reason": finish_reason}]}).encode()
             self.send_response(status)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
@@ -45,7 +45,7 @@ def endpoint(replies: list[tuple[int, str]]) -> Iterator[tuple[str, list[Any]]]:
 
 
 def settings(url: str, **run: Any) -> JudgeSettings:
-    return JudgeSettings(model="m", run=EndpointRun(url=url, in_flight=1, backoff_s=0.001, **run))
+    return JudgeSettings(model="m", run=EndpointRun(url=url, backoff_s=0.001, **{"in_flight": 1, **run}))
 
 
 def test_verdicts_stand_in_the_order_of_the_claims() -> None:
@@ -65,8 +65,21 @@ def test_a_busy_judge_is_asked_again_and_a_broken_one_gives_none() -> None:
         assert judge(CLAIMS[:1], settings(url)) == [None]
 
 
+def test_what_was_only_thought_or_cut_off_is_no_verdict() -> None:
+    with endpoint([(200, "<think>Surely yes.</think>I cannot tell.")]) as (url, _):
+        assert judge(CLAIMS[:1], settings(url)) == [None]
+    with endpoint([(200, "There is no")], "length") as (url, _):
+        assert judge(CLAIMS[:1], settings(url)) == [None]
+
+
+def test_many_claims_are_judged_at_once() -> None:
+    with endpoint([(200, "yes")]) as (url, received):
+        assert judge(CLAIMS * 20, settings(url, in_flight=8)) == [True] * 60
+    assert len(received) == 60
+
+
 def test_a_wrong_key_ends_it_with_a_word() -> None:
-    with endpoint([(401, "")]) as (url, _), pytest.raises(ValueError, match="HTTP 401: check its address, its key"):
+    with endpoint([(401, "")]) as (url, _), pytest.raises(ValueError, match="HTTP 401: check the key"):
         judge(CLAIMS, settings(url))
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Qwen3Config
 
 from core.adapter import AdapterWeights
 from core.base_model import BaseModel
+from core.chat_endpoint import EndpointRun
 from core.examples import QuestionAnswer
 from core.gated_memory import GatedMemory, initial
 from core.hypernetwork import Hypernetwork, HypernetworkSettings
@@ -23,6 +23,7 @@ from core.metrics import exact_match
 from core.planning import PlanSettings
 from core.prompts import encode, in_context, prompt
 from pipelines.asking import Asker, Throughput, evaluating
+from pipelines.judge import JUDGE_VERSION, JudgeSettings
 from pipelines.lift_comparison import ComparisonSettings, compare, plan
 from pipelines.lift_evaluation import (
     METHODS,
@@ -36,7 +37,8 @@ from pipelines.lift_evaluation import (
 from pipelines.lift_report import METHOD_LABELS, bars, gain_over_better, markdown, oracle_share, to_json, write_lift_report
 from pipelines.lifting import jobs_of, lifted, rule_questions, shine_adapters, snapshots
 from pipelines.long_documents import LongDocument, LongQuestion, long_documents
-from pipelines.world_tokenizer import build_tokenizer
+from tests.models import world_base
+from tests.test_judge import endpoint
 
 SETTINGS = LiftEvaluationSettings(retrieved_tokens=60, run=Throughput(slots=16, prefill_tokens_per_step=4096))
 DOCUMENTS = [replace(document, questions=document.questions[:6]) for document in long_documents(3, 3)]
@@ -55,25 +57,9 @@ def _lift(epochs: int = 2, kind: str = "lora", task: str = "questions") -> LiftS
 
 @pytest.fixture(scope="module")
 def base() -> BaseModel:
-    tokenizer = build_tokenizer()
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        max_position_embeddings=192,
-        initializer_range=0.3,
-        tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    model = AutoModelForCausalLM.from_config(config)
-    model.model.norm.weight.data.mul_(5.0)  # else no adapter could make the small frozen head sure of a word
-    return BaseModel(model, tokenizer)
+    base = world_base(max_length=192, initializer_range=0.3)
+    base.decoder.norm.weight.data.mul_(5.0)  # else no adapter could make the small frozen head sure of a word
+    return base
 
 
 @pytest.fixture(scope="module")
@@ -311,7 +297,12 @@ def test_everything_is_made_and_compared_at_once(base: BaseModel) -> None:
         raw=_lift(1, task="segments"),
         evaluation=SETTINGS,
     )
-    compared = compare(base, None, DOCUMENTS[:2], settings)
+    with endpoint([(200, "yes")]) as (url, _):
+        judge = JudgeSettings(model="m", run=EndpointRun(url=url, in_flight=8))
+        compared = compare(base, None, DOCUMENTS[:2], settings.model_copy(update={"judge": judge}))
+    score = compared.report.scores["lift"]["all"]
+    assert score.judged is not None and score.judged.mean == 1.0 and score.unjudged == 0
+    assert compared.report.identity["judge"] == {"version": JUDGE_VERSION, "model": "m", "reply_tokens": 512}
     assert {"lift", "lift_in_context", "finetune_raw", "gated_memory", "rag", "oracle"} <= compared.report.scores.keys()
     assert np.shape(compared.gates["own_questions"]) == (2, 2)
 

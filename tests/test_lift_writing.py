@@ -13,10 +13,9 @@ from core import adapter_files
 from core.adapter import AdapterWeights
 from core.adapter_writing import Outcome, Rejected, Written, changes_anything
 from core.base_model import BaseModel
-from core.codec import decode
 from core.config import load
 from core.documents import Document
-from core.examples import QuestionAnswer
+from core.examples import QuestionAnswer, question_answers
 from core.gated_memory import GatedMemory, initial, weights_of
 from core.hypernetwork import Hypernetwork
 from core.lift import Job, train
@@ -62,8 +61,8 @@ def documents_of(texts: tuple[str, ...] = TEXTS, tenant: str = "t") -> list[Docu
 
 def stored(outcome: Outcome) -> AdapterWeights:
     assert isinstance(outcome, Written), outcome
-    [new] = outcome.adapters
-    return weights_of(new.spec, decode(new.blob(), new.spec.numel, new.encoding)[None])
+    assert len(outcome.adapters) == 1
+    return outcome.weights()
 
 
 def blobs(outcomes: list[Outcome]) -> list[bytes]:
@@ -72,7 +71,7 @@ def blobs(outcomes: list[Outcome]) -> list[bytes]:
 
 
 def pairs_of(one: Document) -> list[QuestionAnswer]:
-    return [QuestionAnswer(pair.question, pair.answer) for pair in write_by_rules(one)]
+    return question_answers(write_by_rules(one))
 
 
 @pytest.mark.parametrize("kind", ["lora", "pissa", "gated_memory"])

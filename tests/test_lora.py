@@ -153,6 +153,17 @@ def test_the_delta_is_x_a_b_plus_c():
     assert torch.equal(mixed[1], logits_of(base, ids_BT)[1])
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_rows_that_stand_together_by_adapter_equal_rows_in_any_order(bias):
+    base = tiny_base("qwen3")
+    weights = random_adapters(base, 3, size=0.5, generated_bias=bias)
+    ids_BT, index_B = random_ids(6, 8), torch.tensor([0, 0, 1, 1, 2, 2])
+    order = torch.tensor([4, 0, 3, 1, 5, 2])
+    together, apart = logits_of(base, ids_BT, weights, index_B), logits_of(base, ids_BT[order], weights, index_B[order])
+    assert (together[order] - apart).abs().max() < 1e-5
+    assert (together - logits_of(base, ids_BT)).abs().max() > 1e-2
+
+
 def test_one_adapter_serves_all_rows_and_none_serve_rows_without():
     base, ids_BT = tiny_base(), random_ids(3, 5)
     weights = random_adapters(base, 1)
@@ -409,3 +420,21 @@ def test_stack_pads_to_the_largest_rank():
     assert (logits[1:] - logits_of(base, ids_BT[1:], parts[1])).abs().max() < 1e-5
     with pytest.raises(ValueError, match="different bases"):
         stack([parts[0], random_adapters(tiny_base("llama"), 1)])
+
+
+def test_adapters_of_different_sites_share_a_batch_and_add_up():
+    """Padding with zeros is exact, whatever sites and biases an adapter lacks."""
+    base, ids_BT = tiny_base("qwen2"), random_ids(2, 5)
+    full = random_adapters(base, 1, rank=2, generated_bias=True)
+    spec = base.spec(3, ("q", "down"))
+    some = LoraWeights(spec, torch.randn(1, spec.numel, generator=torch.Generator().manual_seed(1)) * 0.1)
+    both = stack([some, full])
+    assert both.spec == full.spec.with_rank(3)
+    logits = logits_of(base, ids_BT, both)
+    assert (logits[:1] - logits_of(base, ids_BT[:1], some)).abs().max() < 1e-5
+    assert (logits[1:] - logits_of(base, ids_BT[1:], full)).abs().max() < 1e-5
+    with attach(base, some):
+        nested = logits_of(base, ids_BT, full)
+    assert (logits_of(base, ids_BT, compose([some, full])) - nested).abs().max() < 1e-4
+    with pytest.raises(ValueError, match="never to fewer or others"):
+        full.padded_to(spec)

@@ -79,7 +79,10 @@ def test_a_token_budget_bounds_training_and_the_raw_text_asks_nobody() -> None:
     volume = Volume(
         documents=2, tokens=5000, sentences=100, requests=100, prompt_characters=10**5, segments=4, segment_tokens=9000
     )
-    assert _plan(volume, V4.model_copy(update={"token_budget": 100})).training_tokens == 200
+    whole = _plan(volume)
+    assert (whole.training_tokens, whole.training_steps) == (5 * 600 * 45, 750)
+    bounded = _plan(volume, V4.model_copy(update={"token_budget": 1350}))
+    assert (bounded.training_tokens, bounded.training_steps) == (2700, 15)
     raw = _plan(volume, PRESETS["finetune_raw"])
     assert raw.questions == raw.requests == 0 and raw.training_tokens == 5 * 9000
 

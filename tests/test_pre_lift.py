@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 from pydantic import ValidationError
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from core import adapter_files
 from core.base_model import load_base
@@ -19,9 +18,9 @@ from core.lora import LoraWeights, attach, merged
 from pipelines import train as training
 from pipelines.feed import Feed, plan, row_groups, window_examples
 from pipelines.recipe import Optimiser, PreLiftRecipe, Run, Stage
-from pipelines.world import WorldSpec, generate, write
+from pipelines.world import WorldSpec, generate
 from pipelines.world_tokenizer import build_tokenizer
-from tests.models import SHAPE
+from tests.models import write_world
 
 TASKS = {"segments": 0.4, "contextualised": 0.2, "timeline": 0.1, "question_only": 0.3}
 
@@ -29,12 +28,7 @@ TASKS = {"segments": 0.4, "contextualised": 0.2, "timeline": 0.1, "question_only
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     root = tmp_path_factory.mktemp("pre-lift")
-    write(generate(WorldSpec(count=120)), root / "train", rows_per_group=40)
-    tokenizer = build_tokenizer()
-    torch.manual_seed(0)
-    shape = {**SHAPE, "vocab_size": len(tokenizer), "num_hidden_layers": 2, "tie_word_embeddings": True}
-    Qwen3ForCausalLM(Qwen3Config(**shape, head_dim=8)).save_pretrained(root / "base")
-    tokenizer.save_pretrained(root / "base")
+    write_world(root, documents=120, rows_per_group=40)
     return root
 
 

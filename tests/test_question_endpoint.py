@@ -24,9 +24,10 @@ import uvicorn
 from pydantic import ValidationError
 from questions import document, split
 
+from core.chat_endpoint import retry_after_s
 from core.config import fingerprint
 from core.documents import Document
-from core.question_endpoint import EndpointSettings, retry_after_s
+from core.question_endpoint import EndpointSettings
 from core.question_stream import Failure, QuestionStream, QuestionWriter, ReplyCache
 
 # The endpoint: a real server whose faults follow from the sentence that it is asked about

@@ -3,7 +3,8 @@
 import random
 
 from benchmarks.question_server import Manners, facts, pairs, question_server, wordings
-from core.question_endpoint import EndpointRun, EndpointSettings
+from core.chat_endpoint import EndpointRun
+from core.question_endpoint import EndpointSettings
 from core.question_writing import sentence_passages
 from pipelines import world, world_lexicon
 from pipelines.lifting import write_questions

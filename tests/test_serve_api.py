@@ -10,6 +10,7 @@ import httpx
 import pytest
 import torch
 
+from core.adapter import AdapterSpec
 from core.lora import LoraWeights
 from core.store import Store
 from serve.api import create_app
@@ -243,11 +244,11 @@ def test_an_edit_answers_in_context_and_its_adapter_follows(tmp_path: Path) -> N
 def test_adapters_that_must_not_answer(tmp_path: Path) -> None:
     world = make_world(tmp_path, ["good"])
     base, rank4, spec8 = world.base, world.weights.spec, world.base.spec(8)
-    zero, large, partial = world.weights.flat_BN * 0, world.weights.padded(8), world.base.spec(4, sites=("q",))
+    zero, large, odd = world.weights.flat_BN * 0, world.weights.padded(8), AdapterSpec(rank4.layers[:-1], 4)
     cases = {
         "zero": (LoraWeights(rank4, zero), producer_for(base), 500, "changes nothing"),
         "large": (LoraWeights(spec8, large.flat_BN), producer_for(base), 500, "max_rank=8"),
-        "sites": (LoraWeights(partial, world.weights.flat_BN[:, : partial.numel]), producer_for(base), 500, "other sites"),
+        "layers": (LoraWeights(odd, world.weights.flat_BN[:, : odd.numel]), producer_for(base), 500, "another base"),
     }
     for name, (weights, producer, _, _) in cases.items():
         document = make_document(name, f"Text of {name}.")
@@ -281,10 +282,10 @@ def test_the_rank_follows_the_store_at_the_start(tmp_path: Path) -> None:
     world = make_world(tmp_path, ["first"])
     base, spec8 = world.base, world.base.spec(8)
     large = LoraWeights(spec8, world.weights.padded(8).flat_BN)
-    odd = base.spec(16, sites=("q",))
+    odd = AdapterSpec(base.spec(16).layers[:-1], 16)
     strangers = {
         "foreign": (large, producer_for(base).model_copy(update={"config": {"base": "another"}})),
-        "sites": (LoraWeights(odd, torch.ones(1, odd.numel)), producer_for(base)),
+        "layers": (LoraWeights(odd, torch.ones(1, odd.numel)), producer_for(base)),
     }
     for name, (weights, producer) in strangers.items():
         document = make_document(name, f"Text of {name}.")

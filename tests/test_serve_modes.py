@@ -3,7 +3,7 @@
 import asyncio
 import socket
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import uvicorn
 from typer.testing import CliRunner
 
 import imprint
-from core.adapter import AdapterWeights
+from core.adapter import SITES, AdapterWeights
 from core.adapter_writing import Written
 from core.engine import Request, generate
 from core.gated_memory import weights_of
@@ -31,10 +31,10 @@ TEXT = "Ansa Tavolt built the old tower in 1874. Mirko Hald keeps bees near Ostr
 QUESTION = "Who built it?"
 
 
-def lifted(store: Store, kind: str, *names: str) -> None:
+def lifted(store: Store, kind: str, *names: str, sites: Sequence[str] = SITES) -> None:
     """Documents with adapters of a kind, trained until they say something else than the base."""
     stages = [{"name": "questions", "epochs": 2, "tasks": ["questions"]}]
-    adapter = {"kind": kind} if kind == "gated_memory" else {"kind": kind, "rank": 4, "scale": 1.0}
+    adapter = {"kind": kind} if kind == "gated_memory" else {"kind": kind, "rank": 4, "scale": 1.0, "sites": sites}
     settings = {"adapter": adapter, "optimiser": {"learning_rate": 0.1}, "curriculum": {"stages": stages}}
     documents = [make_document(name, f"{TEXT} This is document {name}.") for name in names]
     outcomes = LiftWriter(BASE, LiftRecipe.model_validate({"settings": settings, "serving_rank": 3})).write(documents)
@@ -124,6 +124,26 @@ def test_a_store_of_memories_alone_is_served_without_being_told(tmp_path: Path) 
     empty = Store.open(tmp_path / "empty", create=True)
     asked = ServeSettings(base="unused", store=empty.url, kind="gated_memory")
     assert Service(BASE, empty, asked).resolver.kind_name == "gated_memory (shifted gate)"
+
+
+def test_adapters_of_some_sites_are_served_beside_those_of_all(tmp_path: Path) -> None:
+    """Padded with zeros, also where no adapter of the store has all sites."""
+    store = Store.open(tmp_path, create=True)
+    lifted(store, "lora", "queries", sites=["q", "v"])
+
+    async def check(*names: str) -> None:
+        async with client_of(store) as client:
+            answers = await asyncio.gather(*(answer(client, name) for name in names))
+            for name, (said, source) in zip(names, answers, strict=True):
+                assert (said, source["source"]) == (offline(weights_in(store, name, "lora")), "adapter"), name
+                assert said != offline(None)
+
+    asyncio.run(check("queries"))
+    lifted(store, "lora", "all")
+    lifted(store, "lora", "outputs", sites=["down"])
+    specs = {weights_in(store, name, "lora").spec for name in ("queries", "all", "outputs")}
+    assert len(specs) == 3 and {len(spec.layers[0]) for spec in specs} == {1, 2, 7}
+    asyncio.run(check("queries", "all", "outputs", "queries"))
 
 
 def test_a_client_says_where_the_answer_shall_come_from(store: Store) -> None:

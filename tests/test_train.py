@@ -10,7 +10,6 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from core.base_model import load_base
 from core.hypernetwork import Hypernetwork, HypernetworkSettings
@@ -18,8 +17,7 @@ from pipelines.feed import Feed
 from pipelines.recipe import Architecture, BaseRecipe, HypernetworkRecipe, Optimiser, Run, Stage, Validation
 from pipelines.train import train
 from pipelines.world import WorldSpec, generate, write
-from pipelines.world_tokenizer import build_tokenizer
-from tests.models import SHAPE
+from tests.models import write_world
 
 STEPS = 50
 
@@ -28,13 +26,8 @@ STEPS = 50
 def world(tmp_path_factory):
     """A corpus, a validation corpus and a tiny random base with its tokenizer."""
     root = tmp_path_factory.mktemp("world")
-    write(generate(WorldSpec(count=300)), root / "train", rows_per_group=50)
+    write_world(root, documents=300, rows_per_group=50)
     write(generate(WorldSpec(split="validation", count=4)), root / "validation")
-    tokenizer = build_tokenizer()
-    torch.manual_seed(0)
-    shape = {**SHAPE, "vocab_size": len(tokenizer), "num_hidden_layers": 2, "tie_word_embeddings": True}
-    Qwen3ForCausalLM(Qwen3Config(**shape, head_dim=8)).save_pretrained(root / "base")
-    tokenizer.save_pretrained(root / "base")
     return root
 
 
