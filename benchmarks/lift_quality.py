@@ -157,7 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     base, documents = models.base, long_documents(seeds, parts, options.seed)
     written = stand_in_questions(documents, pairs=2 if options.quick else 10)
     sheet = Sheet(base, documents, LiftEvaluationSettings())
-    starts = shine_adapters(models.hypernetwork, documents, SHINE_WINDOW_TOKENS, compose=False)
+    starts = shine_adapters(models.hypernetwork, documents, SHINE_WINDOW_TOKENS, lift.adapter.rank)
     work = Work(base, options.work)
     asked = [sheet_identity(documents), [list(pairs) for pairs in written.pairs], checkpoints]
 

@@ -26,7 +26,7 @@ from core.documents import NORMALISER, Document, Window, windows
 from core.examples import plan_batches
 from core.gated_memory import weights_of
 from core.hypernetwork import Hypernetwork
-from core.lora import LoraWeights, compose, recompress
+from core.lora import Composition, LoraWeights, composed
 from core.manifest import NewAdapter, Producer, adapter_id
 from core.prompts import Limits
 from core.prompts import encode as tokenise
@@ -36,13 +36,16 @@ class WindowRule(Section):
     """How documents longer than one window are read.
 
     max_tokens: longest window; None takes as many as the base has positions for, but no more than `prompts.Limits` trains on.
-    overlap: tokens that neighbours share. long_documents: `compose` gives one adapter, `windows` one a window. A document of more
-    than `max_windows` is rejected.
+    overlap: tokens that neighbours share. long_documents: `compose` gives one adapter, `windows` one a window. composition: the
+    mean of the windows' deltas or their sum; a hypernetwork that was trained on single windows answers far better under the
+    mean (the shipped one, exact match with 2 and 4 windows: 0.82 and 0.42, under the sum 0.57 and 0.01). A document of more than
+    `max_windows` is rejected.
     """
 
     max_tokens: PositiveInt | None = None
     overlap: Annotated[int, Field(ge=0)] = 0
     long_documents: Literal["compose", "windows"] = "compose"
+    composition: Composition = "mean"
     max_windows: PositiveInt = 64
 
 
@@ -155,7 +158,7 @@ class HypernetworkWriter(AdapterWriter):
                 f"positions, {self._memory_tokens} of them for memory, which leaves {room}; the overlap must be below the window"
             )
         self._hypernetwork = hypernetwork.eval()
-        self._rule = rule.model_copy(update={"max_tokens": max_tokens})
+        self.rule = rule.model_copy(update={"max_tokens": max_tokens})
         self._max_tokens = max_tokens
         self._max_rows, self._max_padded_tokens = max_rows, max_padded_tokens
         self.encoding: Encoding = encoding
@@ -166,13 +169,13 @@ class HypernetworkWriter(AdapterWriter):
             config={
                 "base": base.fingerprint,
                 "normaliser": NORMALISER,
-                "windows": self._rule.model_dump(mode="json", exclude={"max_windows"}),
+                "windows": self.rule.model_dump(mode="json", exclude={"max_windows"}),
             },
         )
 
     def adapter_ids(self, document: Document, length: int) -> list[str]:
         """See `AdapterWriter.adapter_ids`; one a window, or one in all where windows are composed."""
-        covers = windows(length, self._max_tokens, self._rule.overlap)
+        covers = windows(length, self._max_tokens, self.rule.overlap)
         if self._composes(covers):
             covers = [Window(0, length)]
         identity = document.tenant, document.content_hash
@@ -187,11 +190,11 @@ class HypernetworkWriter(AdapterWriter):
         units: list[tuple[int, Window]] = []
         missing: dict[int, int] = {}
         for place, tokens in enumerate(ids):
-            covers = windows(len(tokens), self._max_tokens, self._rule.overlap)
+            covers = windows(len(tokens), self._max_tokens, self.rule.overlap)
             if not covers:
                 yield place, Rejected("no tokens")
-            elif len(covers) > self._rule.max_windows:
-                limit = f"{len(covers)} windows of {self._max_tokens} tokens, {self._rule.max_windows} are allowed"
+            elif len(covers) > self.rule.max_windows:
+                limit = f"{len(covers)} windows of {self._max_tokens} tokens, {self.rule.max_windows} are allowed"
                 yield place, Rejected(f"too long: {limit}; split it, or raise max_windows")
             else:
                 missing[place] = len(covers)
@@ -213,7 +216,7 @@ class HypernetworkWriter(AdapterWriter):
         """See `AdapterWriter.settled`; nothing was kept."""
 
     def _composes(self, covers: Sequence[Window]) -> bool:
-        return len(covers) > 1 and self._rule.long_documents == "compose"
+        return len(covers) > 1 and self.rule.long_documents == "compose"
 
     @torch.inference_mode()
     def _generate(self, ids: Sequence[Sequence[int]]) -> tuple[Tensor, list[float]]:
@@ -235,11 +238,11 @@ class HypernetworkWriter(AdapterWriter):
             return Rejected(f"the hypernetwork gave no usable adapter: zero or not finite, {where}")
         error, composes = 0.0, self._composes(covers)
         if composes:
-            whole = compose([LoraWeights(self.spec, parts[window][None]) for window in covers])
-            weights, error_B = recompress(whole, self.spec.rank)
+            whole = LoraWeights(self.spec, torch.stack([parts[window] for window in covers]))
+            weights, error = composed(whole, self.rule.composition, self.spec.rank)
             if _fault(delta_norms(weights).item()):
                 return Rejected("the composed adapter is zero or not finite")
-            covers, error = [Window(0, length)], error_B.item()
+            covers = [Window(0, length)]
             parts = {covers[0]: weights.flat_BN[0]}
         try:
             new = [

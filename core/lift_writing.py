@@ -41,7 +41,7 @@ from core.lift import Job, Lift, LiftResult, LiftState
 from core.lift_course import FixedQuestions, PolledQuestions, Questions
 from core.lift_examples import question_example
 from core.lift_settings import PRESETS, V4, LiftRun, LiftSettings
-from core.lora import LoraWeights, recompress, stack
+from core.lora import LoraWeights, composed, recompress, stack
 from core.manifest import Producer, adapter_id
 from core.prompts import encode as tokenise
 from core.question_endpoint import PROMPT_VERSION, EndpointSettings
@@ -156,7 +156,7 @@ class _Lifted:
 class LiftWriter(AdapterWriter):
     """Lifts `run.slots` documents at a time; `close`, or leaving its context, ends the thread that asks an endpoint.
 
-    hypernetwork: on the same base; each document's training starts from what it generates, window by window, summed and cut to
+    hypernetwork: on the same base; each document's training starts from what it generates, window by window, composed and cut to
     LIFT's rank. Raises `ValueError` for a base without tokenizer, for settings that do not fit base or hypernetwork, and for an
     endpoint's key that is not set. Not to be pickled: make it where it is used.
     """
@@ -288,7 +288,10 @@ class LiftWriter(AdapterWriter):
             [outcome] = self._starts.write([document], [ids])
             if isinstance(outcome, Rejected):
                 return Rejected(f"no adapter to start from: {outcome.reason}")
-            generated = outcome.weights().to(self._base.device)
+            windows = outcome.weights()
+            assert isinstance(windows, LoraWeights), "a hypernetwork writes no other kind"
+            generated, _ = composed(windows, self._starts.rule.composition, self._lift.spec.rank)
+            generated = generated.to(self._base.device)
             start = generated if start is None else stack([start, generated])
         return Job(document.content_hash, document.text, document.title, lifted.questions, start, state)
 

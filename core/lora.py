@@ -8,7 +8,7 @@ adapter `index_B[b]`, or none. At one linear: y = x W^T + (x A) B + C, with no a
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -124,6 +124,21 @@ def mean_adapter(weights: LoraWeights, rank: int) -> tuple[LoraWeights, float]:
             tensors[layer, site, "C"] = value.float().mean(dim=0, keepdim=True)
     mean, error_B = recompress(_pack(weights.spec.with_rank(count * weights.spec.rank), tensors), rank)
     return mean.to(dtype=weights.flat_BN.dtype), error_B.item()
+
+
+Composition = Literal["mean", "sum"]
+
+
+@torch.no_grad()
+def composed(weights: LoraWeights, composition: Composition, rank: int) -> tuple[LoraWeights, float]:
+    """B adapters as one of `rank` at most, and the relative error of the cut: the mean of their deltas, or the sum."""
+    if len(weights) == 1 and weights.spec.rank <= rank:
+        return weights, 0.0
+    rank = min(rank, len(weights) * weights.spec.rank)
+    if composition == "mean":
+        return mean_adapter(weights, rank)
+    whole, error_B = recompress(compose([weights.select(slice(row, row + 1)) for row in range(len(weights))]), rank)
+    return whole, error_B.item()
 
 
 @torch.no_grad()

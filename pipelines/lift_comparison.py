@@ -18,7 +18,7 @@ from core.config import Section
 from core.documents import Document
 from core.gated_memory import GatedMemory
 from core.hypernetwork import Hypernetwork
-from core.lift_forms import form_of
+from core.lift_forms import DEFAULT_RANK, form_of
 from core.lift_settings import PRESETS, V3, V4, LiftRun, LiftSettings
 from core.planning import BaseSize, LiftPlan, PlanSettings, measure, plan_lift
 from core.question_endpoint import EndpointSettings
@@ -72,7 +72,7 @@ def compare(
     if hypernetwork is not None:
         adapters["shine"] = shine_adapters(hypernetwork, documents, settings.window_tokens)
         if settings.lift.adapter.kind == "lora":
-            starts = shine_adapters(hypernetwork, documents, settings.window_tokens, compose=False)
+            starts = shine_adapters(hypernetwork, documents, settings.window_tokens, settings.lift.adapter.rank or DEFAULT_RANK)
             started = lifted(base, jobs_of(documents, pairs, starts), settings.lift, settings.run)
             adapters["lift_from_shine"] = started.adapters
     asked = None if settings.judge is None else partial(judge, settings=settings.judge)

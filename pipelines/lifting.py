@@ -18,6 +18,7 @@ from core.hypernetwork import Hypernetwork
 from core.lift import Job, Lift, train
 from core.lift_course import FixedQuestions
 from core.lift_settings import LiftRun, LiftSettings
+from core.lora import LoraWeights, composed
 from core.question_endpoint import EndpointSettings, QuestionUsage
 from core.question_stream import Failure, QuestionWriter
 from core.question_writing import RuleSettings, write_by_rules
@@ -118,17 +119,20 @@ def snapshots(
 
 
 def shine_adapters(
-    hypernetwork: Hypernetwork, documents: Sequence[LongDocument], window_tokens: int | None = None, compose: bool = True
+    hypernetwork: Hypernetwork, documents: Sequence[LongDocument], window_tokens: int | None = None, rank: int | None = None
 ) -> list[AdapterWeights]:
-    """What the hypernetwork writes for each document in windows: composed to one adapter, or all of them.
+    """What the hypernetwork writes for each document in windows, composed to one adapter of `rank` at most; None is its own rank.
 
     Raises `ValueError` where it writes none.
     """
-    rule = WindowRule(max_tokens=window_tokens, long_documents="compose" if compose else "windows", max_windows=2**16)
+    rule = WindowRule(max_tokens=window_tokens, long_documents="windows", max_windows=2**16)
     outcomes = HypernetworkWriter(hypernetwork, "fp32", rule).write([as_document(document) for document in documents])
-    adapters = []
+    adapters: list[AdapterWeights] = []
     for document, outcome in zip(documents, outcomes, strict=True):
         if isinstance(outcome, Rejected):
             raise ValueError(f"document {document.id!r} has no adapter: {outcome.reason}")
-        adapters.append(outcome.weights().to(hypernetwork.base.device))
+        windows = outcome.weights()
+        assert isinstance(windows, LoraWeights), "a hypernetwork writes no other kind"
+        whole, _ = composed(windows, rule.composition, rank or hypernetwork.spec.rank)
+        adapters.append(whole.to(hypernetwork.base.device))
     return adapters

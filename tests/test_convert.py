@@ -18,7 +18,7 @@ from core.base_model import BaseModel, load_base
 from core.documents import windows
 from core.hypernetwork import Hypernetwork, HypernetworkSettings
 from core.lift_writing import LiftRecipe
-from core.lora import LoraWeights, compose, recompress
+from core.lora import LoraWeights, mean_adapter, stack
 from core.prompts import encode
 from core.store import Store
 from pipelines import sources
@@ -210,7 +210,7 @@ def test_a_folder_becomes_a_store_and_a_rerun_converts_what_changed(
             torch.testing.assert_close(got.flat_BN, alone(hypernetwork, ids).flat_BN, rtol=1e-5, atol=1e-5)
         else:
             composed += 1
-            whole, _ = recompress(compose([alone(hypernetwork, ids[start:end]) for start, end in covers]), hypernetwork.spec.rank)
+            whole, _ = mean_adapter(stack([alone(hypernetwork, ids[start:end]) for start, end in covers]), hypernetwork.spec.rank)
             for layer, site in {(entry.layer, entry.site) for entry in hypernetwork.spec.table}:
                 (a, b), (c, d) = got.factors(layer, site), whole.factors(layer, site)
                 torch.testing.assert_close(a @ b, c @ d, rtol=1e-3, atol=1e-5)

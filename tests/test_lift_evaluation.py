@@ -18,7 +18,7 @@ from core.hypernetwork import Hypernetwork, HypernetworkSettings
 from core.lift_course import Curriculum, Stage
 from core.lift_forms import AdapterSettings
 from core.lift_settings import LiftRun, LiftSettings, OptimiserSettings
-from core.lora import compose, recompress
+from core.lora import recompress
 from core.metrics import exact_match
 from core.planning import PlanSettings
 from core.prompts import encode, in_context, prompt
@@ -234,16 +234,15 @@ def test_shine_composes_its_windows(base: BaseModel) -> None:
     torch.manual_seed(1)
     shape = HypernetworkSettings(rank=2, meta_rank=2, num_layers=2, num_heads=2, feed_forward=16)
     network = Hypernetwork(base, shape.model_copy(update={"input_norm": "layer", "initial_delta": 1.0}))
-    [windows] = shine_adapters(network, DOCUMENTS[:1], 120, compose=False)
+    [wide] = shine_adapters(network, DOCUMENTS[:1], 120, rank=64)
     [whole] = shine_adapters(network, DOCUMENTS[:1], 120)
-    assert len(windows) > 2 and len(whole) == 1 and whole.spec.rank == 2
-    parts = [windows.select(slice(row, row + 1)) for row in range(len(windows))]
-    expected, _ = recompress(compose(parts), 2)
+    assert len(wide) == len(whole) == 1 and wide.spec.rank > 4 and whole.spec.rank == 2
+    expected, _ = recompress(wide, 2)
     for (layer, site, tensor), value in whole.tensors.items():
         if tensor == "A":
             product = value @ whole.tensors[layer, site, "B"]
             assert torch.allclose(product, expected.tensors[layer, site, "A"] @ expected.tensors[layer, site, "B"], atol=1e-5)
-    started = lifted(base, jobs_of(DOCUMENTS[:1], [[QuestionAnswer("Who?", "green")]], [windows]), _lift(1))
+    started = lifted(base, jobs_of(DOCUMENTS[:1], [[QuestionAnswer("Who?", "green")]], [wide]), _lift(1))
     assert started.steps == [1]
 
 
