@@ -19,6 +19,7 @@ import re
 import threading
 import uuid
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
@@ -110,8 +111,7 @@ class DemandCounter:
                 new = [(each, each.total, each.forgotten, each.requests.copy()) for each in tallies if each.total > each.written]
             for tally, total, forgotten, requests in new:
                 asked = tuple(_Asked(*key, times) for key, times in requests.items())
-                objects.make_folders([FOLDER])
-                objects.write(tally.name, [_Counted(forgotten=forgotten, asked=asked).model_dump_json().encode()])
+                objects.replace(tally.name, _Counted(forgotten=forgotten, asked=asked).model_dump_json().encode())
                 tally.written = total
             self._unwritten = []
             if self._swept != today:
@@ -131,6 +131,16 @@ def read_demand(objects: Objects, today: date | None = None) -> Counter[Key]:
     return demand
 
 
+def erase_demand(objects: Objects, erased: Callable[[Key], bool]) -> None:
+    """Writes the objects anew that name any of these documents, without them. Raises `CorruptObject`, naming the object."""
+    for name, _ in list(_objects_by_day(objects)):
+        with suppress(MissingObject):
+            counted = _read(objects, name)
+            left = tuple(each for each in counted.asked if not erased(each[:3]))
+            if len(left) < len(counted.asked):
+                objects.replace(name, counted.model_copy(update={"asked": left}).model_dump_json().encode())
+
+
 def _read(objects: Objects, name: str) -> _Counted:
     data = objects.read(name)
     try:
@@ -142,8 +152,7 @@ def _read(objects: Objects, name: str) -> _Counted:
 def _remove_old(objects: Objects, today: date) -> None:
     for name, day in _objects_by_day(objects):
         if not _is_kept(day, today):
-            with suppress(FileNotFoundError):  # another process was first
-                objects.remove(name)
+            objects.remove(name)
 
 
 def _objects_by_day(objects: Objects) -> list[tuple[str, date]]:

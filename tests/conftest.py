@@ -18,6 +18,8 @@ from typing import Any
 import hypothesis
 import pytest
 
+from tests.s3 import _session_proxy, bucket, proxy, s3_admin, s3_server  # noqa: F401
+
 os.environ.update(
     HF_HUB_OFFLINE="1",
     RAY_AUTH_MODE="disabled",

@@ -12,7 +12,7 @@ import pytest
 
 from core.demand import KEPT_DAYS, DemandCounter, read_demand
 from core.manifest import CorruptObject
-from core.objects import Objects
+from core.objects import open_objects
 from core.store import Store
 from tests.serving import ask, chat, make_document, make_world, serving
 from tests.stores import store_with_one
@@ -48,7 +48,7 @@ def test_counts_add_up_over_processes_and_writes(tmp_path: Path) -> None:
 
 
 def test_nothing_is_written_where_nothing_was_counted(tmp_path: Path) -> None:
-    objects = Objects(tmp_path)
+    objects = open_objects(tmp_path)
     counter = DemandCounter()
     counter.write(objects)
     assert not (tmp_path / "demand").exists()
@@ -62,7 +62,7 @@ def test_nothing_is_written_where_nothing_was_counted(tmp_path: Path) -> None:
 
 def test_a_day_has_its_own_object_and_old_days_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("core.demand._today", lambda: TODAY)
-    objects = Objects(tmp_path)
+    objects = open_objects(tmp_path)
     counter = counted({A: 1})
     for days in range(KEPT_DAYS + 5):
         counter.write(objects, TODAY + timedelta(days=days))
@@ -80,7 +80,7 @@ def test_the_least_demanded_are_forgotten_beyond_the_limit(tmp_path: Path) -> No
     counter = counted({A: 50, B: 40}, most_documents=10)
     for number in range(1000):
         counter.count(("t", "c", f"once {number}"))
-    objects = Objects(tmp_path)
+    objects = open_objects(tmp_path)
     counter.write(objects)
     demand = read_demand(objects)
     assert (demand[A], demand[B]) == (50, 40) and len(demand) <= 10
@@ -92,7 +92,7 @@ def test_the_least_demanded_are_forgotten_beyond_the_limit(tmp_path: Path) -> No
 
 def test_a_fault_of_the_storage_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("core.demand._today", lambda: TODAY)
-    objects, counter = Objects(tmp_path / "store"), counted({A: 2})
+    objects, counter = open_objects(tmp_path / "store"), counted({A: 2})
     counter.write(objects)
     counter.count(A)
     shutil.rmtree(tmp_path / "store")
@@ -108,7 +108,7 @@ def test_a_fault_of_the_storage_loses_nothing(tmp_path: Path, monkeypatch: pytes
 
 
 def test_threads_count_while_another_writes(tmp_path: Path) -> None:
-    objects, counter = Objects(tmp_path), DemandCounter()
+    objects, counter = open_objects(tmp_path), DemandCounter()
 
     def ask_often() -> None:
         for _ in range(2000):
@@ -128,7 +128,7 @@ def test_threads_count_while_another_writes(tmp_path: Path) -> None:
     ["", "[]", "\xff", '{"asked": [["t", "c", "a", 0]]}', '{"asked": [["t", "c", 1, 1]]}', '{"format_version": 2, "asked": []}'],
 )
 def test_an_object_that_cannot_be_read_is_named(tmp_path: Path, content: str) -> None:
-    objects = Objects(tmp_path)
+    objects = open_objects(tmp_path)
     counted({A: 1}).write(objects)
     [file] = files(tmp_path)
     for stranger in ("notes.txt", "99999999-" + "0" * 32 + ".json", file.name + ".tmp"):
