@@ -38,7 +38,7 @@ def large_spec(rank: int) -> AdapterSpec:
 
 def as_stored(weights: LoraWeights) -> LoraWeights:
     """The adapters as bf16 gives them back."""
-    rows = [decode(encode(row_N, "bf16"), weights.spec.numel, "bf16") for row_N in weights.flat_BN]
+    rows = [decode(encode(row_N, "bf16", weights.spec), weights.spec, "bf16") for row_N in weights.flat_BN]
     return LoraWeights(weights.spec, torch.stack(rows))
 
 
@@ -77,8 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 "relative_error": round(error_B.mean().item(), 4),
                 "exact_match": kept,
                 "exact_match_lost": uncut - kept,
-                "bytes": encoded_bytes(cut.spec.numel, "bf16"),
-                "bytes_on_qwen3_8b": encoded_bytes(large_spec(rank).numel, "bf16"),
+                "bytes": encoded_bytes(cut.spec, "bf16"),
+                "bytes_on_qwen3_8b": encoded_bytes(large_spec(rank), "bf16"),
             }
         )
     result = {
@@ -86,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "rank": whole.spec.rank,
         "exact_match_fp32": uncut,
         "by_rank": rows,
-        "rank_128_bytes_on_qwen3_8b": encoded_bytes(large_spec(128).numel, "bf16"),
+        "rank_128_bytes_on_qwen3_8b": encoded_bytes(large_spec(128), "bf16"),
         "quick": options.quick,
     }
     print(write_result("lift_compression", result, folder=options.output).read_text())

@@ -13,12 +13,13 @@ are left out, under a tenth for texts shorter than 6 hidden sizes.
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
-from pydantic import Field, PositiveInt
+from pydantic import PositiveInt
 from transformers import PreTrainedTokenizerBase
 
 from core.config import Section
+from core.costs import Amount, Gpus, Positive, Prices
 from core.documents import Document, segments
 from core.lift_course import Curriculum, titled
 from core.lift_settings import LiftSettings
@@ -26,21 +27,9 @@ from core.prompts import encode
 from core.question_endpoint import EndpointSettings, request_body
 from core.question_writing import Passage, RuleSettings, sentence_passages, write_by_rules
 
-Amount = Annotated[float, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
 
-
-class Prices(Section):
-    """What things cost, in one currency. Zero where nothing is paid, as for an endpoint of one's own."""
-
-    currency: str = "USD"
-    generator_prompt_per_million: Amount = 0.0
-    generator_completion_per_million: Amount = 0.0
-    gpu_hour: Amount = 0.0
-
-
-class Assumptions(Section):
-    """What nobody knows before it is done. Defaults: an H100 (989 TFLOP/s dense bf16), short pairs, a hosted small model.
+class Assumptions(Gpus):
+    """What nobody knows before it is done. Defaults: short pairs, a hosted small model.
 
     utilisation: share of the peak that training reaches. step_s: the least time of an optimiser step, which small documents
     are bound by. question_tokens: of a pair as LIFT trains on it, chat template included. reply_tokens: of a pair as the
@@ -48,9 +37,6 @@ class Assumptions(Section):
     generator's tokenizer. documents_at_once: that share an optimiser step.
     """
 
-    gpus: PositiveInt = 1
-    peak_tflops: Positive = 989.0
-    utilisation: Annotated[float, Field(gt=0, le=1)] = 0.3
     step_s: Amount = 0.1
     documents_at_once: PositiveInt = 16
     pairs_per_sentence: Amount = 6.0
@@ -177,7 +163,7 @@ def plan_lift(
     if lift.token_budget is not None and tokens > (most := lift.token_budget * volume.documents):
         steps, tokens = max(volume.documents, math.ceil(steps * most / tokens)), most
     flops = tokens * (4.0 * base.weights + 6.0 * base.adapter)
-    speed = assumptions.gpus * assumptions.peak_tflops * 1e12 * assumptions.utilisation
+    speed = assumptions.gpus * assumptions.flops_per_s
     together = assumptions.documents_at_once * assumptions.gpus
     seconds = max(flops / speed, steps * assumptions.step_s / min(together, volume.documents))
     gpu_hours = seconds * assumptions.gpus / 3600
@@ -186,8 +172,7 @@ def plan_lift(
     in_flight = writer.run.in_flight if isinstance(writer, EndpointSettings) else 1
     rounds = math.ceil(requests / volume.documents / in_flight)
     generation_s = rounds * assumptions.request_s
-    one = assumptions.peak_tflops * 1e12 * assumptions.utilisation
-    training_s = max(flops / volume.documents / one, steps / volume.documents * assumptions.step_s)
+    training_s = max(flops / volume.documents / assumptions.flops_per_s, steps / volume.documents * assumptions.step_s)
     first_request_s = assumptions.request_s if requests else 0.0
     return LiftPlan(
         documents=volume.documents,

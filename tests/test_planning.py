@@ -3,9 +3,10 @@
 import pytest
 
 from core.config import load
+from core.costs import Prices
 from core.lift_course import Course, FixedQuestions
 from core.lift_settings import PRESETS, V1, V4, LiftSettings
-from core.planning import Assumptions, BaseSize, LiftPlan, PlanSettings, Prices, Volume, lines, measure, plan_lift
+from core.planning import Assumptions, BaseSize, LiftPlan, PlanSettings, Volume, lines, measure, plan_lift
 from core.prompts import encode
 from core.question_endpoint import EndpointSettings, request_body
 from core.question_writing import RuleSettings, write_by_rules

@@ -1,0 +1,339 @@
+"""Behind `imprint plan`: a sample of a corpus, and the plan of converting all of it; `plan lift` by its own arithmetic.
+
+In: a source as conversion reads it, a recipe of conversion, prices and assumptions. Out: a `ConvertPlan`. Loads no weights: of
+the base its configuration and tokenizer, of a hypernetwork its settings.
+
+The whole source is listed, and of each kind of file (by suffix; the kinds beyond `KINDS` together) some are drawn by the seed,
+read as conversion reads them, tokenised and cut into windows. They stand for the rest of their kind by their bytes; where a file
+is one document, their documents by the files. Of files of many rows the first rows are read, of `ROW_FILES` files at most, so
+such files must not be sorted by length. Kinds share `Sample` equally; what a small one leaves, larger ones get, and a corpus that
+fits is counted, not estimated. Holds the files drawn, never the listing. Costs the listing (a request in 1,000 objects), and by
+default reading and tokenising 1,000 documents: seconds.
+"""
+
+import json
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple, cast
+
+import fsspec
+from pydantic import Field, PositiveInt, ValidationError, model_validator
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from core.adapter_writing import WindowRule
+from core.base_model import TOKENIZER_FILES, load_base
+from core.config import Section, faults, load, write_resolved
+from core.convert_planning import Assumptions, ConvertPlan, Packing, Volume, actual, memory_tokens, plan_convert, skeleton
+from core.costs import Prices
+from core.documents import Document
+from core.hypernetwork import HypernetworkSettings
+from core.parsing import Parser
+from core.planning import PlanSettings, lines
+from core.prompts import Limits
+from core.tokens import read
+from pipelines.convert_recipe import ConvertRecipe, ConvertRun
+from pipelines.files import UNKNOWN_SIZE, File, fetch, filesystem, is_local, os_errors, suffixes
+from pipelines.lift_comparison import plan as plan_lift
+from pipelines.listing import list_files
+from pipelines.receipts import Summary
+from pipelines.records import FORMATS, Read, Reading, is_whole, read_file
+from pipelines.reference import REFERENCE
+
+KINDS, ROW_FILES, FETCHED_FILES = 64, 32, 8
+
+
+class Sample(Section):
+    """How much of a corpus is read, and which part of it."""
+
+    documents: PositiveInt = 1000
+    bytes: PositiveInt = 64 * 2**20
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
+class PlanRecipe(ConvertRecipe):
+    """A recipe of conversion, and what a plan needs besides.
+
+    shape: of a hypernetwork that is yet to be trained; of one that `hypernetwork` names, its own settings hold.
+    """
+
+    shape: HypernetworkSettings = HypernetworkSettings()
+    sample: Sample = Sample()
+    prices: Prices = Prices()
+    assumptions: Assumptions = Assumptions()
+
+    @model_validator(mode="after")
+    def _complete(self) -> "PlanRecipe":
+        if self.method != "shine":
+            raise ValueError("plan convert is for method shine: what lifting a corpus costs, `imprint plan lift` says")
+        return self
+
+
+def load_plan_recipe(
+    base: str,
+    hypernetwork: str | None,
+    documents_per_s: str | None,
+    path: Path | None,
+    prices: Path | None,
+    gpus: int | None,
+    changes: Iterable[str],
+) -> PlanRecipe:
+    """A recipe with what the command line names; the reference base has the reference hypernetwork.
+
+    prices: a TOML file of them. documents_per_s: see `measured_rate`.
+    """
+    if path is None and hypernetwork is None and Path(base) == REFERENCE / "base":
+        hypernetwork = str(REFERENCE / "hypernetwork")
+    rate = None if documents_per_s is None else measured_rate(documents_per_s)
+    given = {"base": None if path else base, "hypernetwork": hypernetwork, "assumptions.documents_per_s": rate}
+    named = [f"{name}={value}" for name, value in given.items() if value is not None]
+    return load(PlanRecipe, path, [*named, *_shared(prices, gpus), *changes])
+
+
+def plan_lifting(
+    source: str, base: str, path: Path | None, prices: Path | None, gpus: int | None, changes: Iterable[str]
+) -> list[str]:
+    """What `core.planning` says of lifting a source, in lines; arguments as of `load_plan_recipe`."""
+    settings = load(PlanSettings, path, [*_shared(prices, gpus), *changes])
+    return lines(plan_lift(source, load_base(base), settings))
+
+
+def _shared(prices: Path | None, gpus: int | None) -> list[str]:
+    """Overrides of what every plan has."""
+    named = {} if prices is None else load(Prices, prices).model_dump(exclude_unset=True)
+    changes = [f"prices.{name}={json.dumps(value)}" for name, value in named.items()]
+    return changes if gpus is None else [*changes, f"assumptions.gpus={gpus}"]
+
+
+def measured_rate(text: str) -> float:
+    """Documents a second of one GPU: a number, or a JSON file of a benchmark, of which the highest rate of conversion counts.
+
+    Raises `ValueError` where it is neither.
+    """
+    try:
+        return float(text)
+    except ValueError:
+        pass
+    try:
+        rates = list(_rates(json.loads(Path(text).read_text())))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{text} is neither a number of documents a second nor a JSON file that has one: {error}") from None
+    if not rates:
+        raise ValueError(f"{text} has no documents_per_s: give a number, or a result of benchmarks/ that measured it")
+    return max(rates)
+
+
+def _rates(values: Any) -> Iterator[float]:
+    for name, value in values.items() if isinstance(values, dict) else ():
+        if name in ("documents_per_s", "conversion_documents_per_s"):
+            rate = value.get("median") if isinstance(value, dict) else value
+            if isinstance(rate, int | float):
+                yield rate
+        elif name != "training":
+            yield from _rates(value)
+
+
+def plan_conversion(source: str, recipe: PlanRecipe, out: Path | None = None) -> ConvertPlan:
+    """Samples a source and plans its conversion. out: a JSON file that keeps the plan.
+
+    Raises `ValueError` for a source, base or hypernetwork that is not there, and where nothing can be converted.
+    """
+    base, (settings, trained_tokens) = skeleton(recipe.base), _hypernetwork(recipe)
+    rule, room = recipe.windows, base.max_length - memory_tokens(base, settings)
+    max_tokens = rule.max_tokens or min(room, trained_tokens or Limits().context_tokens)
+    if not rule.overlap < max_tokens <= room:
+        raise ValueError(
+            f"windows of {max_tokens} tokens with an overlap of {rule.overlap} do not fit: beside the hypernetwork's memory the "
+            f"base has room for {room}; the overlap must be below the window"
+        )
+    volume = sample(source, recipe, _Cut(_load_tokenizer(recipe.base), rule, max_tokens))
+    packing = Packing(**{name: getattr(recipe.run, name) for name in Packing.model_fields})
+    plan = plan_convert(volume, base, settings, recipe.encoding, packing, recipe.prices, recipe.assumptions)
+    if out is not None:
+        write_resolved(plan, out)
+    return plan
+
+
+def read_plan(path: Path) -> ConvertPlan:
+    """A plan that was kept. Raises `ValueError` for anything else."""
+    try:
+        return ConvertPlan.model_validate_json(path.read_text())
+    except OSError as error:
+        raise ValueError(f"no plan at {path}: {error.strerror}; write one with `imprint plan convert --out`") from None
+    except ValidationError as error:
+        raise ValueError(f"{path} is not a plan of this version: {'; '.join(faults(error)[:3])}") from None
+
+
+def took(planned: ConvertPlan, summary: Summary, run: ConvertRun) -> ConvertPlan:
+    """The plan with what a conversion took. Raises `ValueError` where it converted nothing."""
+    return actual(
+        planned,
+        documents=summary.documents["converted"],
+        rejected=summary.documents["rejected"],
+        tokens=summary.tokens,
+        adapters=summary.adapters,
+        adapter_bytes=summary.adapter_bytes,
+        shards=len(summary.shards),
+        hours=summary.convert_s / 3600,
+        processes=run.actors,
+        hardware="GPU" if run.device.startswith("cuda") else "CPU",
+    )
+
+
+def _hypernetwork(recipe: PlanRecipe) -> tuple[HypernetworkSettings, int | None]:
+    """Its settings, and how long the documents were that it was trained on, if anybody knows."""
+    if recipe.hypernetwork is None:
+        return recipe.shape, None
+    path = Path(recipe.hypernetwork) / "hypernetwork.json"
+    try:
+        described = json.loads(path.read_text())
+        return HypernetworkSettings.model_validate(described["settings"]), described.get("trained_tokens")
+    except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"no hypernetwork's settings in {path}: {error}") from None
+
+
+def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    path = Path(name)
+    if path.exists() and not any((path / file).is_file() for file in TOKENIZER_FILES):
+        raise ValueError(f"no tokenizer at {path}: save the base's beside its config.json")
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no tokenizer at {name}: {str(error).splitlines()[0]}") from None
+    return tokenizer
+
+
+class _Cut(NamedTuple):
+    """How documents become windows, and windows adapters."""
+
+    tokenizer: PreTrainedTokenizerBase
+    rule: WindowRule
+    max_tokens: int
+
+    def volume(self, text: str, title: str) -> Volume:
+        """What one document is, or a reject."""
+        rejected = Volume(sampled=1, rejected=1)
+        try:
+            document = Document(tenant="plan", collection="plan", name="plan", title=title, text=text)
+        except ValueError:
+            return rejected
+        tokens = read(self.tokenizer, document.text)
+        sizes = [window.end - window.start for window in self.rule.covers(tokens, self.max_tokens)]
+        if not 0 < len(sizes) <= self.rule.max_windows:
+            return rejected
+        return Volume(
+            sampled=1,
+            documents=1,
+            text_bytes=len(document.text.encode()),
+            tokens=len(tokens.ids),
+            adapters=1 if self.rule.long_documents == "compose" else len(sizes),
+            windows=len(sizes),
+            window_tokens=sum(sizes),
+            squared_tokens=sum(size**2 for size in sizes),
+        )
+
+
+@dataclass
+class _Kind:
+    """Files of one suffix: how many there are, their bytes as far as they are known, and those drawn of them."""
+
+    files: int = 0
+    sized: int = 0
+    bytes: int = 0
+    drawn: list[File] = field(default_factory=list)
+
+    def offer(self, file: File, most: int, rng: random.Random) -> None:
+        """Counts a file, and draws it with the same chance as every other (Vitter's algorithm R)."""
+        self.files += 1
+        if file.size_bytes != UNKNOWN_SIZE:
+            self.sized += 1
+            self.bytes += file.size_bytes
+        if len(self.drawn) < most:
+            self.drawn.append(file)
+        elif (place := rng.randrange(self.files)) < most:
+            self.drawn[place] = file
+
+
+def sample(source: str, recipe: PlanRecipe, cut: _Cut) -> Volume:
+    """What a source holds, from a sample of it. Raises `ValueError` where there is nothing, or nothing can be listed."""
+    settings, rng = recipe.sample, random.Random(recipe.sample.seed)
+    kinds: dict[str, _Kind] = {}
+    try:
+        for file in list_files(source):
+            suffix = "".join(suffixes(file.name)) if not file.reason else ""
+            suffix = suffix if suffix in kinds or len(kinds) < KINDS else ""
+            kind = kinds.setdefault(suffix, _Kind())
+            kind.offer(file, settings.documents if is_whole(file) else ROW_FILES, rng)
+    except OSError as error:
+        raise ValueError(f"{source} cannot be listed: {error}") from None
+    if not kinds:
+        raise ValueError(f"no files under {source}: give files of {' '.join(FORMATS)}")
+    parser, whole = Parser(recipe.reading), Volume()
+    documents, room = settings.documents, settings.bytes
+    for done, kind in enumerate(sorted(kinds.values(), key=lambda kind: kind.bytes)):
+        rng.shuffle(kind.drawn)
+        share = len(kinds) - done
+        volume, read_bytes = _estimate(kind, cut, parser, recipe.reading, max(documents // share, 1), room // share)
+        whole += volume
+        documents, room = max(documents - volume.sampled, 0), max(room - read_bytes, 0)
+    return whole
+
+
+def _estimate(kind: _Kind, cut: _Cut, parser: Parser, reading: Reading, most: int, most_bytes: int) -> tuple[Volume, int]:
+    """The whole of a kind from `most` documents or rows of it, or `most_bytes`, and the bytes that were read.
+
+    Of rows the first of a block has its bytes (`pipelines.records`), so what is begun of a block is read to its end.
+    """
+    drawn = [_sized(file) for file in kind.drawn]
+    one_each = not any(map(_has_rows, drawn))
+    read_files, read_bytes, volume = 0, 0, Volume()
+    for number, reads in enumerate(_reads(drawn, parser, reading)):
+        last = volume.sampled + -(-(most - volume.sampled) // (len(drawn) - number))
+        for found in reads:
+            if volume.sampled and found.source_bytes and (volume.sampled >= last or read_bytes >= most_bytes):
+                break
+            read_bytes += found.source_bytes
+            volume += cut.volume(found.text or "", found.title) if found.reason is None else Volume(sampled=1, rejected=1)
+        read_files += 1
+        if volume.sampled >= most or read_bytes >= most_bytes:
+            break
+    mean_bytes = sum(file.size_bytes for file in drawn) / len(drawn)
+    source_bytes = kind.bytes + round((kind.files - kind.sized) * mean_bytes)
+    by_files = kind.files / read_files
+    by_bytes = source_bytes / read_bytes if read_bytes else by_files
+    estimate = volume.scaled(by_bytes).model_copy(update={"files": kind.files, "source_bytes": source_bytes})
+    if one_each:
+        counts = {"documents": volume.documents * by_files, "rejected": volume.rejected * by_files}
+        estimate = estimate.model_copy(update=counts)
+    return estimate, read_bytes
+
+
+def _has_rows(file: File) -> bool:
+    return not file.reason and not is_whole(file) and "".join(suffixes(file.name)) in FORMATS
+
+
+def _sized(file: File) -> File:
+    """With its size where a listing did not say it; 0 where it cannot be had."""
+    if file.size_bytes != UNKNOWN_SIZE or file.reason:
+        return file._replace(size_bytes=max(file.size_bytes, 0))
+    try:
+        with os_errors():
+            return file._replace(size_bytes=int(filesystem(file.url).size(file.url) or 0))
+    except OSError:
+        return file._replace(size_bytes=0)
+
+
+def _reads(files: Sequence[File], parser: Parser, reading: Reading) -> Iterator[Iterator[Read]]:
+    """What each file holds, in turn; whole files that lie elsewhere are fetched some at a time."""
+    for start in range(0, len(files), FETCHED_FILES):
+        for (_, together), group in groupby(files[start : start + FETCHED_FILES], key=_fetched_with):
+            piece = list(group)
+            data = fetch(piece, reading.max_document_bytes) if together else [None] * len(piece)
+            for file, fetched in zip(piece, data, strict=True):
+                yield read_file(file, parser, reading, fetched)
+
+
+def _fetched_with(file: File) -> tuple[str | None, bool]:
+    return cast(str | None, fsspec.core.split_protocol(file.url)[0]), is_whole(file) and not is_local(file.url)
