@@ -1,17 +1,20 @@
 """Documents to checked adapters: what conversion and on-demand generation both call.
 
-In: `Document`s, and their token ids where the caller has them. Out: for each document its adapters, encoded, or the reason
+In: `Document`s, and their `Tokens` where the caller has them. Out: for each document its adapters, encoded, or the reason
 why there are none; one document's failure never touches another's. Knows nothing of stores or workers. `AdapterWriter` is what
 every method fulfils; SHINE's stands here, LIFT's in core.lift_writing.
 
 `HypernetworkWriter` reads a document as the hypernetwork was trained to: raw text, no template. A document longer than a window
-is read in windows; their adapters become one (ranks concatenated, then cut to the spec's rank by SVD) or stay one each. Windows
-of like length share a forward pass. Cost: the hypernetwork's; a composition adds two QR decompositions a linear.
+is read in windows that end at sentences; their adapters become one (ranks concatenated, then cut to the spec's rank by SVD) or
+stay one each. Windows of like length share a forward pass, in halves where memory does not hold it; a window that does not fit
+alone is its document's rejection. Cost: the hypernetwork's; a composition adds two QR decompositions a linear, and a gate what
+`core.quality_gate` says.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Annotated, Literal
 
 import torch
@@ -22,31 +25,41 @@ from transformers import PreTrainedTokenizerBase
 from core.adapter import ATTENTION, AdapterSpec, AdapterWeights
 from core.codec import Encoding, decode, encode
 from core.config import Section
-from core.documents import NORMALISER, Document, Window, windows
-from core.examples import plan_batches
+from core.documents import NORMALISER, Document, Window, windows, windows_at_borders
+from core.fitting_batches import FittingBatches
 from core.gated_memory import weights_of
 from core.hypernetwork import Hypernetwork
 from core.lora import Composition, LoraWeights, composed
 from core.manifest import NewAdapter, Producer, adapter_id
 from core.prompts import Limits
-from core.prompts import encode as tokenise
+from core.quality_gate import Candidate, GateSettings, QualityGate
+from core.tokens import BORDERS, Tokens, read
 
 
 class WindowRule(Section):
     """How documents longer than one window are read.
 
-    max_tokens: longest window; None takes as many as the base has positions for, but no more than `prompts.Limits` trains on.
-    overlap: tokens that neighbours share. long_documents: `compose` gives one adapter, `windows` one a window. composition: the
+    max_tokens: longest window; None takes what the hypernetwork was trained on (`Hypernetwork.trained_tokens`), `prompts.Limits`
+    where that is not known, and no more than the base has positions for. borders: `sentence` ends windows at paragraphs and
+    sentences (`core.documents.windows_at_borders`), `token` cuts evenly. overlap: tokens that neighbours share, at most where
+    windows end at sentences. long_documents: `compose` gives one adapter, `windows` one a window. composition: the
     mean of the windows' deltas or their sum; a hypernetwork that was trained on single windows answers far better under the
     mean (the shipped one, exact match with 2 and 4 windows: 0.82 and 0.42, under the sum 0.57 and 0.01). A document of more than
     `max_windows` is rejected.
     """
 
     max_tokens: PositiveInt | None = None
+    borders: Literal["sentence", "token"] = "sentence"
     overlap: Annotated[int, Field(ge=0)] = 0
     long_documents: Literal["compose", "windows"] = "compose"
     composition: Composition = "mean"
     max_windows: PositiveInt = 64
+
+    def covers(self, tokens: Tokens, max_tokens: int) -> list[Window]:
+        """The windows, of at most `max_tokens`, in which a document is read."""
+        if self.borders == "token":
+            return windows(len(tokens.ids), max_tokens, self.overlap)
+        return windows_at_borders(len(tokens.ids), max_tokens, self.overlap, tokens.sentences, tokens.paragraphs)
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +77,7 @@ class Written:
     def weights(self) -> AdapterWeights:
         """The adapters as they will be read from the store, one a row, in fp32 on the CPU."""
         spec = self.adapters[0].spec
-        return weights_of(spec, torch.stack([decode(new.blob(), spec.numel, new.encoding) for new in self.adapters]))
+        return weights_of(spec, torch.stack([decode(new.blob(), spec, new.encoding) for new in self.adapters]))
 
 
 @dataclass(frozen=True)
@@ -76,6 +89,9 @@ class Rejected:
 
 Outcome = Written | Rejected
 
+_UNUSABLE = "the hypernetwork gave no usable adapter: zero or not finite"
+_OUT_OF_MEMORY = "out of memory: a window does not fit alone, lower windows.max_tokens"
+
 
 class AdapterWriter(ABC):
     """A method that writes adapters of one spec in one encoding, as one producer."""
@@ -86,18 +102,16 @@ class AdapterWriter(ABC):
     tokenizer: PreTrainedTokenizerBase
 
     @abstractmethod
-    def adapter_ids(self, document: Document, length: int) -> list[str]:
-        """The ids of what `write` would make of a document of `length` tokens, without making it."""
+    def adapter_ids(self, document: Document, tokens: Tokens) -> list[str]:
+        """The ids of what `write` would make of a document, without making it."""
 
     @abstractmethod
-    def write_each(
-        self, documents: Sequence[Document], ids: Sequence[Sequence[int]] | None = None
-    ) -> Iterator[tuple[int, Outcome]]:
+    def write_each(self, documents: Sequence[Document], tokens: Sequence[Tokens] | None = None) -> Iterator[tuple[int, Outcome]]:
         """(place, outcome) of each document as it is done: no more is held than is in the making."""
 
-    def write(self, documents: Sequence[Document], ids: Sequence[Sequence[int]] | None = None) -> list[Outcome]:
-        """One outcome for each document, in order. ids: the documents' token ids, where the caller has them."""
-        outcomes = dict(self.write_each(documents, ids))
+    def write(self, documents: Sequence[Document], tokens: Sequence[Tokens] | None = None) -> list[Outcome]:
+        """One outcome for each document, in order. tokens: the documents' (`core.tokens.read`), where the caller has them."""
+        outcomes = dict(self.write_each(documents, tokens))
         return [outcomes[place] for place in range(len(documents))]
 
     def new_adapter(
@@ -132,8 +146,8 @@ class AdapterWriter(ABC):
 class HypernetworkWriter(AdapterWriter):
     """Writes adapters with SHINE's hypernetwork, at most `max_rows` windows and `max_padded_tokens` (memory included) at a time.
 
-    The batch limits change speed and memory; they are no part of the producer. Raises `ValueError` for a base without tokenizer
-    and for windows that the base has no positions for.
+    The batch limits and the gate are no part of the producer. Raises `ValueError` for a base without tokenizer, for one that
+    cannot tell where sentences end, for windows that the base has no positions for, and for a gate without a chat template.
     """
 
     def __init__(
@@ -143,15 +157,21 @@ class HypernetworkWriter(AdapterWriter):
         rule: WindowRule | None = None,
         max_rows: int = 16,
         max_padded_tokens: int = 4096,
+        gate: GateSettings | None = None,
     ) -> None:
-        rule = rule or WindowRule()
+        rule, gate = rule or WindowRule(), gate or GateSettings()
         base = hypernetwork.base
         if base.tokenizer is None:
             raise ValueError("the base has no tokenizer: documents cannot be read without; save one into its directory")
+        if rule.borders == "sentence" and not base.tokenizer.is_fast:
+            raise ValueError(
+                f"{type(base.tokenizer).__name__} cannot say where in the text a token ends, so windows cannot end at sentences: "
+                "load the fast tokenizer, or choose windows.borders token"
+            )
         self.tokenizer = base.tokenizer
         self._memory_tokens = len(hypernetwork.memory_MH)
         room = base.max_length - self._memory_tokens
-        max_tokens = min(room, Limits().context_tokens) if rule.max_tokens is None else rule.max_tokens
+        max_tokens = rule.max_tokens or min(room, hypernetwork.trained_tokens or Limits().context_tokens)
         if not rule.overlap < max_tokens <= room:
             raise ValueError(
                 f"windows of {max_tokens} tokens with an overlap of {rule.overlap} do not fit: the base has {base.max_length} "
@@ -160,7 +180,8 @@ class HypernetworkWriter(AdapterWriter):
         self._hypernetwork = hypernetwork.eval()
         self.rule = rule.model_copy(update={"max_tokens": max_tokens})
         self._max_tokens = max_tokens
-        self._max_rows, self._max_padded_tokens = max_rows, max_padded_tokens
+        self._batches = FittingBatches(max_rows, max_padded_tokens)
+        self._gate = QualityGate(base, gate, max_rows, max_padded_tokens) if gate.share else None
         self.encoding: Encoding = encoding
         self.spec = hypernetwork.spec
         self.producer = Producer(
@@ -170,57 +191,58 @@ class HypernetworkWriter(AdapterWriter):
                 "base": base.fingerprint,
                 "normaliser": NORMALISER,
                 "windows": self.rule.model_dump(mode="json", exclude={"max_windows"}),
+                "borders": BORDERS if rule.borders == "sentence" else None,
             },
         )
 
-    def adapter_ids(self, document: Document, length: int) -> list[str]:
+    def adapter_ids(self, document: Document, tokens: Tokens) -> list[str]:
         """See `AdapterWriter.adapter_ids`; one a window, or one in all where windows are composed."""
-        covers = windows(length, self._max_tokens, self.rule.overlap)
+        covers = self._covers(tokens)
         if self._composes(covers):
-            covers = [Window(0, length)]
+            covers = [Window(0, len(tokens.ids))]
         identity = document.tenant, document.content_hash
         return [adapter_id(*identity, window, self.producer, self.spec, self.encoding) for window in covers]
 
-    def write_each(
-        self, documents: Sequence[Document], ids: Sequence[Sequence[int]] | None = None
-    ) -> Iterator[tuple[int, Outcome]]:
+    def write_each(self, documents: Sequence[Document], tokens: Sequence[Tokens] | None = None) -> Iterator[tuple[int, Outcome]]:
         """See `AdapterWriter.write_each`; longest windows first."""
-        if ids is None:
-            ids = [tokenise(self.tokenizer, document.text) for document in documents]
+        if tokens is None:
+            tokens = [read(self.tokenizer, document.text) for document in documents]
         units: list[tuple[int, Window]] = []
-        missing: dict[int, int] = {}
-        for place, tokens in enumerate(ids):
-            covers = windows(len(tokens), self._max_tokens, self.rule.overlap)
+        parts: dict[int, dict[Window, Tensor | str]] = {}
+        wanted: dict[int, int] = {}
+        for place, each in enumerate(tokens):
+            covers = self._covers(each)
             if not covers:
                 yield place, Rejected("no tokens")
             elif len(covers) > self.rule.max_windows:
                 limit = f"{len(covers)} windows of {self._max_tokens} tokens, {self.rule.max_windows} are allowed"
                 yield place, Rejected(f"too long: {limit}; split it, or raise max_windows")
             else:
-                missing[place] = len(covers)
+                wanted[place], parts[place] = len(covers), {}
                 units += [(place, window) for window in covers]
-        parts: dict[int, dict[Window, Tensor]] = {place: {} for place in missing}
-        lengths = [window.end - window.start + self._memory_tokens for _, window in units]
-        for batch in plan_batches(lengths, self._max_rows, self._max_padded_tokens):
-            rows = [units[unit] for unit in batch]
-            flat_BN, norm_B = self._generate([ids[place][window.start : window.end] for place, window in rows])
-            for (place, window), flat_N, norm in zip(rows, flat_BN, norm_B, strict=True):
-                parts[place][window] = flat_N if missing[place] == 1 else flat_N.clone()
-                missing[place] -= 1
-                if _fault(norm):
-                    parts[place][window] = flat_N[:0]
-                if not missing[place]:
-                    yield place, self._finish(documents[place], len(ids[place]), parts.pop(place))
+        ids = [tokens[place].ids[window.start : window.end] for place, window in units]
+        lengths = [len(each) + self._memory_tokens for each in ids]
+        for batch, made in self._batches.run(lengths, lambda batch: self._generate([ids[unit] for unit in batch])):
+            done: list[tuple[int, Outcome]] = []
+            for unit, part in zip(batch, made or [_OUT_OF_MEMORY] * len(batch), strict=True):
+                place, window = units[unit]
+                parts[place][window] = part.clone() if isinstance(part, Tensor) and wanted[place] > 1 else part
+                if len(parts[place]) == wanted[place]:
+                    done.append((place, self._finish(documents[place], len(tokens[place].ids), parts.pop(place))))
+            yield from done if self._gate is None else self._gated(self._gate, done, tokens)
 
     def settled(self, adapter_ids: Iterable[str]) -> None:
         """See `AdapterWriter.settled`; nothing was kept."""
+
+    def _covers(self, tokens: Tokens) -> list[Window]:
+        return self.rule.covers(tokens, self._max_tokens)
 
     def _composes(self, covers: Sequence[Window]) -> bool:
         return len(covers) > 1 and self.rule.long_documents == "compose"
 
     @torch.inference_mode()
-    def _generate(self, ids: Sequence[Sequence[int]]) -> tuple[Tensor, list[float]]:
-        """flat_BN on the CPU, and the norms of the deltas."""
+    def _generate(self, ids: Sequence[Sequence[int]]) -> list[Tensor | str]:
+        """flat_N on the CPU for each window, or what is wrong with it."""
         device, longest = self._hypernetwork.base.device, max(map(len, ids))
         ids_BT = torch.zeros(len(ids), longest, dtype=torch.int64)
         mask_BT = torch.zeros_like(ids_BT)
@@ -228,14 +250,16 @@ class HypernetworkWriter(AdapterWriter):
             ids_BT[row, longest - len(tokens) :] = torch.as_tensor(tokens)
             mask_BT[row, longest - len(tokens) :] = 1
         weights = self._hypernetwork.generate(ids_BT.to(device), mask_BT.to(device))
-        return weights.flat_BN.cpu(), delta_norms(weights).tolist()
+        flat_BN, norms = weights.flat_BN.cpu(), delta_norms(weights).tolist()
+        return [_UNUSABLE if _fault(norm) else flat_N for flat_N, norm in zip(flat_BN, norms, strict=True)]
 
     @torch.inference_mode()
-    def _finish(self, document: Document, length: int, parts: dict[Window, Tensor]) -> Outcome:
-        covers = sorted(parts)
-        if failed := [window for window in covers if not len(parts[window])]:
-            where = f"tokens {failed[0].start} to {failed[0].end}"
-            return Rejected(f"the hypernetwork gave no usable adapter: zero or not finite, {where}")
+    def _finish(self, document: Document, length: int, made: dict[Window, Tensor | str]) -> Outcome:
+        """made: what `_generate` gave for each window."""
+        covers, parts = sorted(made), {window: part for window, part in made.items() if isinstance(part, Tensor)}
+        for window in covers:
+            if isinstance(fault := made[window], str):
+                return Rejected(f"{fault}, tokens {window.start} to {window.end}")
         error, composes = 0.0, self._composes(covers)
         if composes:
             whole = LoraWeights(self.spec, torch.stack([parts[window] for window in covers]))
@@ -245,13 +269,27 @@ class HypernetworkWriter(AdapterWriter):
             covers = [Window(0, length)]
             parts = {covers[0]: weights.flat_BN[0]}
         try:
-            new = [
-                self.new_adapter(document, window, encode(parts[window], self.encoding), error=error if composes else None)
-                for window in covers
-            ]
-        except ValueError as fault:
-            return Rejected(f"the adapter cannot be encoded: {fault}")
-        return Written(tuple(new), error)
+            vectors = [encode(parts[window], self.encoding, self.spec) for window in covers]
+        except ValueError as unfit:
+            return Rejected(f"the adapter cannot be encoded: {unfit}")
+        measured = error if composes else None
+        pairs = zip(covers, vectors, strict=True)
+        return Written(tuple(self.new_adapter(document, window, vector, measured) for window, vector in pairs), error)
+
+    def _gated(
+        self, gate: QualityGate, done: Sequence[tuple[int, Outcome]], tokens: Sequence[Tokens]
+    ) -> Iterator[tuple[int, Outcome]]:
+        """The outcomes with what the gate measured on their adapters."""
+        candidates = []
+        for place, outcome in done:
+            for new in outcome.adapters if isinstance(outcome, Written) else ():
+                covers = self._covers(tokens[place]) if new.window == (0, len(tokens[place].ids)) else [new.window]
+                candidates.append(Candidate(new, [tokens[place].ids[window.start : window.end] for window in covers]))
+        measured = iter(gate.measured(candidates))
+        for place, outcome in done:
+            if isinstance(outcome, Written):
+                outcome = replace(outcome, adapters=tuple(islice(measured, len(outcome.adapters))))
+            yield place, outcome
 
 
 def delta_norms(weights: LoraWeights) -> Tensor:

@@ -90,16 +90,21 @@ def _attend(layer: nn.Module, x_BPSH: Tensor) -> Tensor:
 
 
 class Hypernetwork(nn.Module):
-    """Writes adapters of `spec` for one base. Trainable state is fp32; the memory states are read in fp32."""
+    """Writes adapters of `spec` for one base. Trainable state is fp32; the memory states are read in fp32.
+
+    trained_tokens: the longest context of its training, padding included, None where nobody knows. It says how long a document
+    may be to be read in one piece, and bears no identity.
+    """
 
     gain_K: Tensor
 
-    def __init__(self, base: BaseModel, settings: HypernetworkSettings) -> None:
+    def __init__(self, base: BaseModel, settings: HypernetworkSettings, trained_tokens: int | None = None) -> None:
         super().__init__()
         if base.hidden_size % settings.num_heads:
             raise ValueError(f"num_heads {settings.num_heads} does not divide the base's hidden size {base.hidden_size}")
         self.base = base
         self.settings = settings
+        self.trained_tokens = trained_tokens
         self.spec = base.spec(settings.rank, settings.sites, settings.generated_bias)
         self.meta_spec = base.spec(settings.meta_rank, settings.sites)
         num_memory = math.ceil(max(self.spec.layer_numel) / base.hidden_size)
@@ -186,16 +191,17 @@ class Hypernetwork(nn.Module):
         return digest({"settings": self.settings.model_dump(mode="json"), "weights": weights, "base": self.base.fingerprint})
 
     def save(self, directory: str | Path, dtype: torch.dtype = torch.float32) -> None:
-        """Writes `hypernetwork.safetensors` and `hypernetwork.json` (settings, adapter table, the base's fingerprint)."""
+        """Writes `hypernetwork.safetensors` and `hypernetwork.json` (settings, `trained_tokens`, adapter table, base)."""
         tensors = {name: tensor if name == "gain_K" else tensor.to(dtype) for name, tensor in self.state_dict().items()}
-        description = {"settings": self.settings.model_dump(mode="json"), "spec": self.spec.to_json()}
+        settings = self.settings.model_dump(mode="json")
+        description = {"settings": settings, "trained_tokens": self.trained_tokens, "spec": self.spec.to_json()}
         weight_files.save("hypernetwork", tensors, description, self.base, Path(directory))
 
     @classmethod
     def load(cls, directory: str | Path, base: BaseModel) -> Self:
         """Reads what `save` wrote. Raises `ValueError` for another base, another shape or a newer format."""
         tensors, description = weight_files.load("hypernetwork", base, Path(directory))
-        hypernetwork = cls(base, _settings(description["settings"]))
+        hypernetwork = cls(base, _settings(description["settings"]), description.get("trained_tokens"))
         hypernetwork._load(tensors)
         return hypernetwork
 

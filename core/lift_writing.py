@@ -43,10 +43,10 @@ from core.lift_examples import question_example
 from core.lift_settings import PRESETS, V4, LiftRun, LiftSettings
 from core.lora import LoraWeights, composed, recompress, stack
 from core.manifest import Producer, adapter_id
-from core.prompts import encode as tokenise
 from core.question_endpoint import PROMPT_VERSION, EndpointSettings
 from core.question_stream import QuestionStream, QuestionWriter
 from core.question_writing import RULES_VERSION, RuleSettings, write_by_rules
+from core.tokens import Tokens, read
 
 log = logging.getLogger(__name__)
 
@@ -225,10 +225,10 @@ class LiftWriter(AdapterWriter):
         if self._questions is not None:
             self._questions.close()
 
-    def adapter_ids(self, document: Document, length: int) -> list[str]:
+    def adapter_ids(self, document: Document, tokens: Tokens) -> list[str]:
         """See `AdapterWriter.adapter_ids`; one for the whole document."""
-        what = document.tenant, document.content_hash, Window(0, length)
-        return [adapter_id(*what, self.producer, self.spec, self.encoding)] if length else []
+        what = document.tenant, document.content_hash, Window(0, len(tokens.ids))
+        return [adapter_id(*what, self.producer, self.spec, self.encoding)] if tokens.ids else []
 
     def settled(self, adapter_ids: Iterable[str]) -> None:
         """See `AdapterWriter.settled`; removes what was saved of their training."""
@@ -236,15 +236,13 @@ class LiftWriter(AdapterWriter):
             for each in adapter_ids:
                 self._state_path(each).unlink(missing_ok=True)
 
-    def write_each(
-        self, documents: Sequence[Document], ids: Sequence[Sequence[int]] | None = None
-    ) -> Iterator[tuple[int, Outcome]]:
+    def write_each(self, documents: Sequence[Document], tokens: Sequence[Tokens] | None = None) -> Iterator[tuple[int, Outcome]]:
         """See `AdapterWriter.write_each`; the longest begin. Closed early, it saves what is in training."""
-        if ids is None:
-            ids = [tokenise(self.tokenizer, document.text) for document in documents]
-        places = sorted(range(len(documents)), key=lambda place: -len(ids[place]))
-        yield from ((place, Rejected("no tokens")) for place in places if not ids[place])
-        waiting = deque(place for place in places if ids[place])
+        if tokens is None:
+            tokens = [read(self.tokenizer, document.text) for document in documents]
+        places = sorted(range(len(documents)), key=lambda place: -len(tokens[place].ids))
+        yield from ((place, Rejected("no tokens")) for place in places if not tokens[place].ids)
+        waiting = deque(place for place in places if tokens[place].ids)
         lift = self._lift = self._lift if self._lift.idle else Lift(self._base, self._recipe.settings, self._run)
         streams = {} if self._questions is None else {place: self._questions.write(documents[place]) for place in waiting}
         training: dict[str, _Lifted] = {}
@@ -252,8 +250,8 @@ class LiftWriter(AdapterWriter):
         try:
             while waiting or training:
                 while lift.free and (place := _next(waiting, documents, training)) is not None:
-                    lifted = self._lifted(place, documents[place], len(ids[place]), streams.get(place))
-                    job = self._job(lifted, ids[place])
+                    lifted = self._lifted(place, documents[place], tokens[place], streams.get(place))
+                    job = self._job(lifted, tokens[place])
                     failed = job if isinstance(job, Rejected) else lift.submit(job)
                     if failed is None:
                         training[lifted.document.content_hash] = lifted
@@ -272,20 +270,20 @@ class LiftWriter(AdapterWriter):
                 stream.cancel()
             self._save(lift, training)
 
-    def _lifted(self, place: int, document: Document, length: int, stream: QuestionStream | None) -> _Lifted:
+    def _lifted(self, place: int, document: Document, tokens: Tokens, stream: QuestionStream | None) -> _Lifted:
         questions: Questions = FixedQuestions()
         if stream is not None:
             questions = _Asked(stream, self._run.max_lost_share)
         elif self._asks:
             questions = FixedQuestions(tuple(question_answers(write_by_rules(document, self._recipe.questions.rules))))
-        [named] = self.adapter_ids(document, length)
-        return _Lifted(place, document, length, named, questions)
+        [named] = self.adapter_ids(document, tokens)
+        return _Lifted(place, document, len(tokens.ids), named, questions)
 
-    def _job(self, lifted: _Lifted, ids: Sequence[int]) -> Job | Rejected:
+    def _job(self, lifted: _Lifted, tokens: Tokens) -> Job | Rejected:
         """A document to train, from where it was left or from its start."""
         document, state, start = lifted.document, self._saved(lifted.adapter_id), self._pre_lift
         if state is None and self._starts is not None:
-            [outcome] = self._starts.write([document], [ids])
+            [outcome] = self._starts.write([document], [tokens])
             if isinstance(outcome, Rejected):
                 return Rejected(f"no adapter to start from: {outcome.reason}")
             windows = outcome.weights()
@@ -310,7 +308,7 @@ class LiftWriter(AdapterWriter):
             stored, error_B = recompress(stored, self.spec.rank)
             error = error_B.item()
         try:
-            vector = encode(stored.flat_BN[0], self.encoding)
+            vector = encode(stored.flat_BN[0], self.encoding, self.spec)
         except ValueError as fault:
             return Rejected(f"the adapter cannot be encoded: {fault}")
         measured = self._measured(lifted, result.weights, vector)
@@ -324,7 +322,7 @@ class LiftWriter(AdapterWriter):
             return None, None
         picked = pairs[:: -(-len(pairs) // most)]
         device = self._base.device
-        stored = weights_of(self.spec, decode(vector, self.spec.numel, self.encoding)[None].to(device))
+        stored = weights_of(self.spec, decode(vector, self.spec, self.encoding)[None].to(device))
         quality = recall(self._base, stored, picked, self._run.micro_batch_tokens)
         if not self._cuts or quality is None:
             return quality, None

@@ -112,8 +112,10 @@ class HypernetworkLearner(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Summed loss."""
+        network = self.hypernetwork
+        network.trained_tokens = max(network.trained_tokens or 0, batch.context_ids_BT.shape[1])
         with self.base.checkpointing(self._checkpointing):
-            return hypernetwork_loss(self.hypernetwork, batch)
+            return hypernetwork_loss(network, batch)
 
     def groups(self, weight_decay: float) -> list[dict[str, Any]]:
         return self.hypernetwork.parameter_groups(weight_decay)

@@ -1,17 +1,20 @@
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from models import SHAPE, tiny_base
 from transformers import AutoModelForCausalLM, Qwen3Config
 
-from core.adapter_writing import HypernetworkWriter, Rejected, WindowRule, Written, delta_norms, plan_batches
+from core.adapter_writing import HypernetworkWriter, Rejected, WindowRule, Written, delta_norms
 from core.base_model import BaseModel
 from core.codec import Encoding
 from core.documents import Document, Window
 from core.hypernetwork import Hypernetwork, HypernetworkSettings
 from core.lora import LoraWeights, mean_adapter, stack
 from core.prompts import encode
+from core.quality_gate import GateSettings
+from core.tokens import Tokens, read
 from pipelines.world_tokenizer import build_tokenizer
 
 TOKENIZER = build_tokenizer()
@@ -60,7 +63,7 @@ def test_batched_adapters_equal_those_of_each_document_alone(encoding: Encoding,
         [new] = outcome.adapters
         tokens = len(encode(TOKENIZER, one.text))
         assert (new.tenant, new.content_hash, new.window, new.tokens) == ("t", one.content_hash, Window(0, tokens), tokens)
-        assert writer.adapter_ids(one, tokens) == [new.adapter_id]
+        assert writer.adapter_ids(one, read(TOKENIZER, one.text)) == [new.adapter_id]
 
 
 def test_order_and_company_of_documents_do_not_matter() -> None:
@@ -76,13 +79,13 @@ def test_a_long_document_becomes_one_adapter_with_its_error() -> None:
     writer = HypernetworkWriter(HYPERNETWORK, "fp32", rule)
     long, short = document("alpha beta gamma"), document("x")
     ids = [list(range(10, 34)), [7]]
-    outcome, other = writer.write([long, short], ids)
+    outcome, other = writer.write([long, short], [Tokens(each) for each in ids])
     assert isinstance(outcome, Written) and isinstance(other, Written)
     covers = [(0, 10), (8, 17), (15, 24)]
     expected, error = mean_adapter(stack([alone(ids[0][start:end]) for start, end in covers]), SETTINGS.rank)
     [new] = outcome.adapters
     assert (new.window, new.tokens) == (Window(0, 24), 24)
-    assert writer.adapter_ids(long, 24) == [new.adapter_id]
+    assert writer.adapter_ids(long, Tokens(ids[0])) == [new.adapter_id]
     assert outcome.error == pytest.approx(error, rel=1e-3) and 0 < outcome.error < 1 and other.error == 0
     got = LoraWeights(writer.spec, vectors(outcome))
     for layer, site in {(entry.layer, entry.site) for entry in writer.spec.table}:
@@ -93,12 +96,65 @@ def test_a_long_document_becomes_one_adapter_with_its_error() -> None:
 def test_a_long_document_may_keep_an_adapter_for_each_window() -> None:
     writer = HypernetworkWriter(HYPERNETWORK, "fp32", WindowRule(max_tokens=10, long_documents="windows"))
     one, ids = document("alpha"), list(range(10, 35))
-    [outcome] = writer.write([one], [ids])
+    [outcome] = writer.write([one], [Tokens(ids)])
     assert isinstance(outcome, Written) and outcome.error == 0
     assert [new.window for new in outcome.adapters] == [(0, 9), (9, 17), (17, 25)]
-    assert writer.adapter_ids(one, 25) == [new.adapter_id for new in outcome.adapters]
+    assert writer.adapter_ids(one, Tokens(ids)) == [new.adapter_id for new in outcome.adapters]
     for new, vector in zip(outcome.adapters, vectors(outcome), strict=True):
         torch.testing.assert_close(vector, alone(ids[new.window.start : new.window.end]).flat_BN[0], rtol=1e-5, atol=1e-5)
+
+
+def test_windows_end_at_sentences_as_long_as_the_hypernetwork_was_trained_for() -> None:
+    hypernetwork = tiny_hypernetwork()
+    hypernetwork.trained_tokens = 40
+    text = "Balmora lives in the old town. It is crimson.\n\nThe harbour was built in 1874. Nobody knows why. It still stands."
+    one, tokens = document(text), read(TOKENIZER, text)
+    writer = HypernetworkWriter(hypernetwork, "fp32", WindowRule(long_documents="windows"))
+    assert writer.rule.max_tokens == 40 < len(tokens.ids)
+    [outcome], [same] = writer.write([one]), writer.write([one], [tokens])
+    assert isinstance(outcome, Written) and torch.equal(vectors(outcome), vectors(same))
+    windows = [new.window for new in outcome.adapters]
+    shown = [TOKENIZER.decode(tokens.ids[start:end]).strip() for start, end in windows]
+    assert len(shown) > 1 and all(each.endswith(".") for each in shown) and " ".join(shown).split() == text.split()
+    assert writer.adapter_ids(one, tokens) == [new.adapter_id for new in outcome.adapters]
+    evenly = HypernetworkWriter(hypernetwork, "fp32", WindowRule(long_documents="windows", borders="token"))
+    assert set(evenly.adapter_ids(one, tokens)).isdisjoint(writer.adapter_ids(one, tokens))
+
+
+@contextmanager
+def memory_for(base: BaseModel, tokens: int, error: Exception) -> Iterator[list[int]]:
+    """The base's forward raises for batches of more tokens. Yields the rows of the batches that ran."""
+    rows: list[int] = []
+
+    def check(decoder: torch.nn.Module, args: object, kwargs: dict[str, torch.Tensor]) -> None:
+        inputs_BTH = kwargs["inputs_embeds"]
+        if inputs_BTH.shape[0] * inputs_BTH.shape[1] > tokens:
+            raise error
+        rows.append(len(inputs_BTH))
+
+    hook = base.decoder.register_forward_pre_hook(check, with_kwargs=True)
+    yield rows
+    hook.remove()
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_out_of_memory_halves_the_batch_and_rejects_what_does_not_fit_alone(error: Exception) -> None:
+    writer = HypernetworkWriter(HYPERNETWORK, "fp32", WindowRule(max_tokens=200))
+    texts = [f"Document {number}." for number in range(8)]
+    documents = [document(text) for text in (*texts, "one two three four " * 10, "The first is long. " * 20)]
+    expected = writer.write(documents)
+    longest = max(len(encode(TOKENIZER, text)) for text in texts) + len(HYPERNETWORK.memory_MH)
+    with memory_for(HYPERNETWORK.base, 3 * longest, error) as rows:
+        outcomes = writer.write(documents)
+    assert sum(rows) == 8 and max(rows) <= 3
+    for one, other in zip(outcomes[:8], expected[:8], strict=True):
+        torch.testing.assert_close(vectors(one), vectors(other), rtol=1e-5, atol=1e-6)
+    for outcome in outcomes[8:]:
+        assert isinstance(outcome, Rejected) and outcome.reason.startswith("out of memory: a window does not fit alone")
+    with memory_for(HYPERNETWORK.base, 0, ValueError("something else")), pytest.raises(ValueError, match="something else"):
+        writer.write(documents)
 
 
 def test_a_failing_document_is_rejected_alone() -> None:
@@ -108,7 +164,7 @@ def test_a_failing_document_is_rejected_alone() -> None:
     writer = HypernetworkWriter(hypernetwork, "fp32", WindowRule(max_tokens=8, max_windows=2))
     documents = [document(text) for text in ("bad", "good", "no tokens", "long", "bad in its second window", "also good")]
     ids = [[9, 50, 9], [9, 10, 11], [], list(range(10, 35)), [9] * 12 + [50], [12, 13]]
-    bad, good, empty, long, partly, also_good = writer.write(documents, ids)
+    bad, good, empty, long, partly, also_good = writer.write(documents, [Tokens(each) for each in ids])
     for outcome, beginning in (
         (bad, "the hypernetwork gave no usable adapter: zero or not finite, tokens 0 to 3"),
         (partly, "the hypernetwork gave no usable adapter: zero or not finite, tokens 7 to 13"),
@@ -147,7 +203,9 @@ def test_the_producer_bears_what_changes_an_adapter_and_no_more() -> None:
     same = fingerprint()
     assert fingerprint(max_rows=1, max_padded_tokens=64, rule=WindowRule(max_windows=2)) == same
     assert fingerprint(rule=WindowRule(max_tokens=256 - len(HYPERNETWORK.memory_MH))) == same
-    assert len({same, fingerprint(rule=WindowRule(overlap=1)), fingerprint(rule=WindowRule(long_documents="windows"))}) == 3
+    assert fingerprint(gate=GateSettings(share=1.0, min_gain=5.0)) == same
+    rules = [WindowRule(overlap=1), WindowRule(long_documents="windows"), WindowRule(borders="token")]
+    assert len({same, *(fingerprint(rule=rule) for rule in rules)}) == 4
     other = tiny_hypernetwork()
     torch.nn.init.normal_(other.memory_MH)
     assert HypernetworkWriter(other).producer.weights != HypernetworkWriter(HYPERNETWORK).producer.weights
@@ -161,14 +219,3 @@ def test_windows_that_do_not_fit_the_base_are_refused() -> None:
         HypernetworkWriter(HYPERNETWORK, rule=WindowRule(max_tokens=8, overlap=8))
     with pytest.raises(ValueError, match="no tokenizer"):
         HypernetworkWriter(Hypernetwork(tiny_base(), SETTINGS))
-
-
-@given(lengths=st.lists(st.integers(0, 300), max_size=60), max_rows=st.integers(1, 9), max_tokens=st.integers(1, 600))
-def test_batches_hold_every_index_once_within_their_limits(lengths: list[int], max_rows: int, max_tokens: int) -> None:
-    batches = plan_batches(lengths, max_rows, max_tokens)
-    assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
-    for batch in batches:
-        longest = max(lengths[index] for index in batch)
-        assert len(batch) <= max_rows and (len(batch) == 1 or longest * len(batch) <= max_tokens)
-    flat = [lengths[index] for batch in batches for index in batch]
-    assert flat == sorted(lengths, reverse=True)

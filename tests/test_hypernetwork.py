@@ -331,8 +331,10 @@ def test_save_and_load(settings, tmp_path):
     with torch.no_grad():
         for parameter in hypernetwork.parameters():
             parameter.add_(0.01)
+    hypernetwork.trained_tokens = 100 if settings else None
     hypernetwork.save(tmp_path)
     again = Hypernetwork.load(tmp_path, base)
+    assert again.trained_tokens == hypernetwork.trained_tokens
     assert again.settings == hypernetwork.settings and again.fingerprint() == hypernetwork.fingerprint()
     with torch.no_grad():
         assert torch.equal(again.generate(*documents()).flat_BN, hypernetwork.generate(*documents()).flat_BN)

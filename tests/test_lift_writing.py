@@ -26,6 +26,7 @@ from core.lora import LoraWeights, compose, recompress
 from core.prompts import encode
 from core.question_writing import write_by_rules
 from core.store import Store
+from core.tokens import Tokens, read
 from tests.models import SHAPE, random_adapters
 from tests.questions import document
 from tests.test_adapter_writing import HYPERNETWORK
@@ -87,7 +88,8 @@ def test_adapters_are_lifts_and_land_in_the_store(kind: str, tmp_path: Path) -> 
         whole, weights = trained[one.content_hash], stored(outcome)
         assert whole is not None and isinstance(outcome, Written)
         tokens = len(encode(base.tokenizer, one.text))
-        assert [row.adapter_id] == writer.adapter_ids(one, tokens) and (row.window, row.tokens) == ((0, tokens), tokens)
+        assert [row.adapter_id] == writer.adapter_ids(one, read(base.tokenizer, one.text))
+        assert (row.window, row.tokens) == ((0, tokens), tokens)
         assert row.quality == recall(base, weights, pairs_of(one)) and outcome.lost == 0
         if isinstance(whole, LoraWeights):
             cut, error_B = recompress(whole, 3)
@@ -128,12 +130,12 @@ def test_a_failing_document_is_rejected_alone() -> None:
     base = base_of()
     nothing, empty, good = document("Hm.", name="a"), document("x", name="b"), documents_of()[0]
     writer = LiftWriter(base, recipe_of(run={"slots": 2}))
-    outcomes = writer.write([nothing, empty, good], [encode(base.tokenizer, "Hm."), [], encode(base.tokenizer, good.text)])
+    outcomes = writer.write([nothing, empty, good], [read(base.tokenizer, text) for text in ("Hm.", "", good.text)])
     assert [outcome.reason.partition(":")[0] for outcome in outcomes if isinstance(outcome, Rejected)] == [
         "not lifted",
         "no tokens",
     ]
-    assert "no question" in str(outcomes[0]) and writer.adapter_ids(empty, 0) == []
+    assert "no question" in str(outcomes[0]) and writer.adapter_ids(empty, Tokens([])) == []
     assert blobs(outcomes[2:]) == blobs(LiftWriter(base, recipe_of(run={"slots": 2})).write([good]))
 
 
@@ -156,7 +158,7 @@ def test_what_was_in_training_goes_on_and_ends_as_uninterrupted(save_s: float, t
     begun.close()
     states = {path.stem for path in (tmp_path / "states").iterdir()}
     writer = LiftWriter(base, recipe)
-    ids = [writer.adapter_ids(one, len(encode(base.tokenizer, one.text)))[0] for one in documents]
+    ids = [writer.adapter_ids(one, read(base.tokenizer, one.text))[0] for one in documents]
     rest = [place for place in range(3) if place != first]
     assert {ids[place] for place in rest} <= states and blobs([outcome]) == [expected[first]]
     counting = steps_of(base)
@@ -174,7 +176,7 @@ def test_what_was_in_training_goes_on_and_ends_as_uninterrupted(save_s: float, t
 def test_an_unreadable_state_is_no_obstacle(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     base, [one] = base_of(), documents_of(TEXTS[2:])
     writer = LiftWriter(base, recipe_of(run={"scratch": str(tmp_path)}))
-    [named] = writer.adapter_ids(one, len(encode(base.tokenizer, one.text)))
+    [named] = writer.adapter_ids(one, read(base.tokenizer, one.text))
     (tmp_path / "states" / f"{named}.safetensors").write_bytes(b"nothing of the kind")
     assert blobs(writer.write([one])) == blobs(LiftWriter(base, recipe_of()).write([one]))
     assert "starts anew" in caplog.text

@@ -33,6 +33,7 @@ def test_the_card_describes_these_weights(reference):
     for part in ("base", "hypernetwork"):
         assert len(card[part]["trained_from_commit"]) == 40
         assert all(len(corpus["sha256"]) == 64 for corpus in card[part]["corpus"])
+    assert hypernetwork.trained_tokens == 217, "the longest of the 55,000 documents"
     assert base.tokenizer.get_vocab() == build_tokenizer().get_vocab()
     assert sum(file.stat().st_size for file in REFERENCE.rglob("*.safetensors")) <= MOST_BYTES
 

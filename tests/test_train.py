@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from core.base_model import load_base
 from core.hypernetwork import Hypernetwork, HypernetworkSettings
+from core.prompts import encode
 from pipelines.feed import Feed
 from pipelines.recipe import Architecture, BaseRecipe, HypernetworkRecipe, Optimiser, Run, Stage, Validation
 from pipelines.train import train
@@ -79,6 +80,8 @@ def test_a_run_trains_validates_and_records(single, world):
     for name, parameter in after.named_parameters():
         moved = (parameter - dict(before.named_parameters())[name]).abs().max()
         assert moved > 1e-4, f"{name} did not train"
+    lengths = sorted(len(encode(base.tokenizer, document.text)) for document in generate(WorldSpec(count=300)))
+    assert lengths[200] < after.trained_tokens <= lengths[-1]
 
 
 def test_a_finished_run_is_not_trained_again(ray_local, single, world):
