@@ -36,8 +36,8 @@ from pipelines.world import names_of
 TOPIC = next(topic for topic in lexicon.PERSON.attributes if topic.values == "town")
 LENGTHS, DEPTHS = (256, 512, 1024, 2048), (0.0, 0.25, 0.5, 0.75, 1.0)
 ASKED = 4
-PAIRS = 6
-STEPS_AT_LEAST = 250
+PAIRS = 10
+STEPS_AT_LEAST = 300
 """Short documents get more epochs: with fewer steps at this size nothing is learned yet."""
 
 
@@ -74,9 +74,10 @@ def _wordings(name: str, draw: random.Random) -> list[tuple[str, str]]:
 
 
 def recipe(pairs: int) -> LiftSettings:
-    """LIFT's settings with epochs enough for a document of so many pairs."""
+    """LIFT's settings with epochs enough for a document of so many pairs, and a rate that falls to zero: every fact counts here."""
     per_step = LIFT.curriculum.examples_per_step or pairs
-    return settings((max(5, -(-STEPS_AT_LEAST * per_step // pairs)), ("questions",)))
+    lift = settings((max(5, -(-STEPS_AT_LEAST * per_step // pairs)), ("questions",)))
+    return lift.model_copy(update={"optimiser": lift.optimiser.model_copy(update={"decay": "linear"})})
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

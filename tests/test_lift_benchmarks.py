@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import lift_compression, lift_cost, lift_needle, lift_quality, lift_questions
+from benchmarks import lift_batching, lift_compression, lift_cost, lift_from_shine, lift_needle, lift_quality, lift_questions
 from benchmarks.lift_compression import as_stored, large_spec
 from benchmarks.lift_cost import crossings
 from benchmarks.lift_quality import Point, compare_steps, first_step, reading_at
@@ -56,7 +56,7 @@ def test_the_needle_stands_where_it_is_said_to() -> None:
 
 def test_a_large_adapter_weighs_what_the_plan_says() -> None:
     """LIFT's rank 128 on an 8B model is 698 MB."""
-    assert encoded_bytes(large_spec(128).numel, "bf16") == pytest.approx(698e6, rel=0.01)
+    assert encoded_bytes(large_spec(128), "bf16") == pytest.approx(698e6, rel=0.01)
 
 
 def test_what_is_stored_is_rounded_to_bf16() -> None:
@@ -67,7 +67,9 @@ def test_what_is_stored_is_rounded_to_bf16() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("benchmark", [lift_quality, lift_needle, lift_cost, lift_questions, lift_compression])
+@pytest.mark.parametrize(
+    "benchmark", [lift_quality, lift_from_shine, lift_needle, lift_cost, lift_questions, lift_compression, lift_batching]
+)
 def test_each_benchmark_runs_at_its_smallest_size(benchmark, tmp_path: Path) -> None:
     benchmark.main(["--quick", "--output", str(tmp_path)])
     name = benchmark.__name__.rpartition(".")[2]
