@@ -1,20 +1,23 @@
-"""The rows of a store's current version, in memory, for lookup and listing.
+"""One version of a store, for look-ups and listings.
 
-In: a root and the rows it adds. Out: rows. Knows nothing of bytes or files. Every call answers from one version and may come from
-any thread. Cost: about 1.5 kB a row; a lookup is a dictionary read, a page two binary searches, and the first page after a change
-a sort of the tenant's names.
+In: a root, and a reader of its parts. Out: live rows, as of that version whatever is committed meanwhile. Knows nothing of blobs.
+Any thread may ask. A part that is damaged or gone shows when a row in it is asked for: `CorruptObject` or `MissingObject`, naming
+the part. Cost: as of `core.part_reader`; nothing is read before it is asked for.
 """
 
 import base64
 import json
-import threading
-from bisect import bisect_left
-from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from core.documents import nfc
-from core.manifest import AdapterRow, DocumentRow, Root, Row
+from core.manifest import AdapterRow, DocumentRow, Key, PartKind
+from core.part_reader import KeyRange, PartReader
+from core.parts import joined
+from core.roots import Part, Root
 
 MAX_PAGE = 1000
 
@@ -27,11 +30,10 @@ class Page(NamedTuple):
 
 
 class Stats(NamedTuple):
-    """What the current version holds, deleted documents left out. Bytes are those of the blobs."""
+    """What a version holds, deleted documents left out. Bytes are those of the blobs; parts those of the whole store."""
 
     sequence: int
     parts: int
-    tenants: int
     documents: int
     adapters: int
     text_bytes: int
@@ -39,49 +41,45 @@ class Stats(NamedTuple):
 
 
 class Index:
-    """The rows of one version after the other; empty at first, then what `show` brings."""
+    """The rows of version `root`."""
 
-    def __init__(self) -> None:
-        self.root = Root()
-        self._documents: dict[str, dict[tuple[str, str], DocumentRow]] = defaultdict(dict)
-        self._adapters: dict[str, AdapterRow] = {}
-        self._by_content: dict[tuple[str, str], list[AdapterRow]] = defaultdict(list)
-        self._names: dict[str, list[tuple[str, str]]] = {}
-        self._lock = threading.Lock()
+    def __init__(self, root: Root, reader: PartReader) -> None:
+        self.root = root
+        self._reader = reader
+        self._parts: dict[PartKind, list[Part]] = {"documents": [], "adapters": []}
+        for part in root.parts:
+            self._parts[part.kind].append(part)
 
-    def show(self, root: Root, rows: Iterable[Row]) -> None:
-        """Makes `root` the current version; `rows` are those that it adds, and may hold known ones."""
-        with self._lock:
-            for row in rows:
-                if isinstance(row, AdapterRow):
-                    if row.adapter_id not in self._adapters:
-                        self._adapters[row.adapter_id] = row
-                        self._by_content[row.tenant, row.content_hash].append(row)
-                else:
-                    documents, key = self._documents[row.tenant], (row.collection, row.name)
-                    if key not in documents or documents[key].sequence < row.sequence:
-                        documents[key] = row
-                        self._names.pop(row.tenant, None)
-            self.root = root
+    def find_documents(self, keys: Iterable[Key]) -> dict[Key, DocumentRow]:
+        """The live rows of those (tenant, collection, name), in NFC, that have one."""
+        rows = self._reader.lookup(self._parts["documents"], [KeyRange.only(joined(*key)) for key in set(keys)])
+        return {key: row for key, row in rows.items() if isinstance(row, DocumentRow) and not row.deleted}
 
     def find_document(self, tenant: str, collection: str, name: str) -> DocumentRow | None:
         """The live row of a name, in any Unicode normal form; None where there is none or it was deleted."""
-        key = nfc(collection), nfc(name)
-        with self._lock:
-            row = self._documents.get(nfc(tenant), {}).get(key)
-        return None if row is None or row.deleted else row
+        key = nfc(tenant), nfc(collection), nfc(name)
+        return self.find_documents([key]).get(key)
+
+    def find_adapters_of(self, contents: Iterable[tuple[str, str]]) -> dict[tuple[str, str], list[AdapterRow]]:
+        """The live adapters of those (tenant, content hash) that have any, in the order of `find_adapters`."""
+        rows = self._reader.lookup(self._parts["adapters"], [KeyRange.below(joined(*content)) for content in set(contents)])
+        found: dict[tuple[str, str], list[AdapterRow]] = {}
+        for row in rows.values():
+            if isinstance(row, AdapterRow) and not row.deleted:
+                found.setdefault((row.tenant, row.content_hash), []).append(row)
+        for adapters in found.values():
+            adapters.sort(key=lambda row: (row.window, row.created, row.adapter_id))
+        return found
 
     def find_adapters(self, tenant: str, content_hash: str, producer: str | None = None) -> list[AdapterRow]:
         """A tenant's adapters for some content, by window, oldest first; `producer` (a fingerprint) keeps its own only."""
-        with self._lock:
-            rows = list(self._by_content.get((tenant, content_hash), ()))
-        rows = [row for row in rows if producer is None or row.producer_fingerprint == producer]
-        return sorted(rows, key=lambda row: (row.window, row.created, row.adapter_id))
+        rows = self.find_adapters_of([(tenant, content_hash)]).get((tenant, content_hash), [])
+        return [row for row in rows if producer is None or row.producer_fingerprint == producer]
 
-    def adapter(self, adapter_id: str) -> AdapterRow | None:
-        """The adapter of that id. The id says which tenant it belongs to, as does the row: it is on the caller to compare."""
-        with self._lock:
-            return self._adapters.get(adapter_id)
+    def adapters(self, keys: Iterable[Key]) -> dict[Key, AdapterRow]:
+        """The live adapters of those (tenant, content hash, adapter id) that are there."""
+        rows = self._reader.lookup(self._parts["adapters"], [KeyRange.only(joined(*key)) for key in set(keys)])
+        return {key: row for key, row in rows.items() if isinstance(row, AdapterRow) and not row.deleted}
 
     def list_documents(
         self, tenant: str, collection: str | None = None, prefix: str = "", page_token: str | None = None, limit: int = 100
@@ -95,47 +93,67 @@ class Index:
             raise ValueError(f"limit is {limit}: give 1 to {MAX_PAGE}")
         tenant, prefix = nfc(tenant), nfc(prefix)
         collection = None if collection is None else nfc(collection)
+        start = joined(tenant, collection or "", prefix)
+        if page_token is not None:
+            start = max(start, joined(tenant, *_read_token(page_token)) + "\0")
+        end = KeyRange.below(tenant if collection is None else joined(tenant, collection)).end
         rows: list[DocumentRow] = []
-        with self._lock:
-            documents = self._documents.get(tenant, {})
-            if tenant not in self._names and documents:
-                self._names[tenant] = sorted(key for key, row in documents.items() if not row.deleted)
-            keys = self._names.get(tenant, [])
-            at = bisect_left(keys, (collection or "", prefix))
-            if page_token is not None:
-                place, name = _read_token(page_token)
-                at = max(at, bisect_left(keys, (place, name + "\0")))
-            while at < len(keys) and len(rows) <= limit:
-                place, name = keys[at]
-                if collection is not None and place != collection:
+        while len(rows) <= limit:
+            batch = next(self._reader.scan(self._parts["documents"], start, end, step=limit + 1), None)
+            if batch is None:
+                return Page(rows, None)
+            matching = []
+            for place, key in enumerate(batch.keys.to_pylist()):
+                _, found_in, name = key.split("\0")
+                if not name.startswith(prefix):
+                    start = joined(tenant, found_in, prefix) if name < prefix else joined(tenant, found_in) + "\1"
                     break
-                if name.startswith(prefix):
-                    rows.append(documents[place, name])
-                    at += 1
-                else:
-                    next_match = (place, prefix) if name < prefix else (place + "\0", "")
-                    at = bisect_left(keys, next_match, at)
-        if len(rows) <= limit:
-            return Page(rows, None)
+                start = key + "\0"
+                matching.append(place)
+            rows += [row for row in batch.take(matching) if isinstance(row, DocumentRow) and not row.deleted]
         last = rows[limit - 1]
         return Page(rows[:limit], continue_after(last.collection, last.name))
 
+    def tables(self, kind: PartKind, tenant: str | None = None) -> Iterator[pa.Table]:
+        """All live rows of a kind (columns as of `core.parts.SCHEMAS`), of one tenant or of all, in order; some at a time.
+
+        Reads each part once and keeps nothing: two million rows take a few seconds.
+        """
+        within = None if tenant is None else KeyRange.below(nfc(tenant))
+        first, end = ("", None) if within is None else (within.first, within.end)
+        for rows in self._reader.scan(self._parts[kind], first, end, keep=False):
+            if len(live := rows.live):
+                yield live.table
+
+    def tenants(self) -> list[str]:
+        """All tenants that have anything live. Passes over what a tenant has: a millisecond a tenant and part."""
+        return sorted({tenant for kind in self._parts for tenant in self._tenants(kind)})
+
+    def _tenants(self, kind: PartKind) -> Iterator[str]:
+        start = ""
+        while (batch := next(self._reader.scan(self._parts[kind], start, step=1), None)) is not None:
+            if len(live := batch.live):
+                tenant = live.keys[0].as_py().partition("\0")[0]
+                yield tenant
+                start = tenant + "\1"
+            else:
+                start = batch.keys[-1].as_py() + "\0"
+
     def stats(self, tenant: str | None = None) -> Stats:
-        """Counts and bytes, of one tenant or of all; reads every row in memory."""
-        with self._lock:
-            root = self.root
-            documents = [row for name, rows in self._documents.items() if tenant in (None, name) for row in rows.values()]
-            adapters = [row for row in self._adapters.values() if tenant in (None, row.tenant)]
-        documents = [row for row in documents if not row.deleted]
-        return Stats(
-            sequence=root.sequence,
-            parts=len(root.parts),
-            tenants=len({row.tenant for row in documents} | {row.tenant for row in adapters}),
-            documents=len(documents),
-            adapters=len(adapters),
-            text_bytes=sum(row.length for row in documents),
-            adapter_bytes=sum(row.length for row in adapters),
-        )
+        """Counts and bytes; of all tenants the root knows them, of one its rows are read."""
+        totals = self.root.totals
+        if tenant is None:
+            sums = (totals.documents, totals.adapters, totals.text_bytes, totals.adapter_bytes)
+        else:
+            lengths = {kind: [table["length"] for table in self.tables(kind, tenant)] for kind in self._parts}
+            documents, adapters = ([(len(each), pc.sum(each).as_py()) for each in lengths[kind]] for kind in self._parts)
+            sums = (
+                sum(count for count, _ in documents),
+                sum(count for count, _ in adapters),
+                sum(size for _, size in documents),
+                sum(size for _, size in adapters),
+            )
+        return Stats(self.root.sequence, len(self.root.parts), *sums)
 
 
 def continue_after(collection: str, name: str) -> str:

@@ -1,153 +1,140 @@
 """The store: documents' text and adapters in packed shards, a manifest in Parquet parts, and roots that make versions of them.
 
-    <prefix>/shards/<uuid>.bin            blobs, each at a multiple of 64 bytes: text in UTF-8, vectors as `core.codec` has it
-    <prefix>/manifest/<uuid>.parquet      rows that say what lies where (`core.manifest`)
-    <prefix>/roots/<20 digits>.json       version n: its parts, by checksum
+    <prefix>/shards/<uuid>.bin            blobs: text in UTF-8, vectors as `core.codec` has it (`core.shards`)
+    <prefix>/manifest/<uuid>.parquet      rows that say what lies where (`core.parts`)
+    <prefix>/roots/<20 digits>.json       version n: its parts, by checksum (`core.roots`)
     <prefix>/demand/                      how often documents are asked for, beside all versions (`core.demand`)
 
-In: `Document`s and `NewAdapter`s, a batch a commit. Out: rows, text, vectors; every byte is checked before it is returned. Knows
+In: `Document`s and `NewAdapter`s, a batch a commit. Out: rows, text, vectors; every byte is checked before it is used. Knows
 nothing of models, tokenizers or servers.
 
-Commit: shard and parts are written and flushed, then the next root is created, which succeeds for one writer only. A writer that
-loses reads the winner's root, drops what has landed meanwhile (the first commit of an adapter id wins) and tries again, so both
-land. Nothing a root names is ever edited: a reader sees a version or the one before. A put that was interrupted can be
-put again. Files that no root names are left by killed writers; they are harmless.
+A put writes shards, then a part for each kind of row, then the next root, which succeeds for one writer only: whoever loses drops
+what has landed meanwhile (the first commit of an adapter id wins) and goes on from there, so both land. Nothing that a root names
+is ever edited: a reader sees a version or the one before. A put that was interrupted can be put again. Files that no root names
+are left by killed writers; they are harmless.
 
-Cost: 3 to 4 files a commit. Small parts are merged as they gather, 16 to one, so that opening reads few files however many
-commits there were. All rows are held in memory (`core.index`); a blob is one ranged read.
+Cost: opening reads two objects and lists once, however large the store. A look-up, a page: see `core.part_reader`, whose
+`cache_bytes` are what a store takes in memory. A put of any size: 3 to 4 objects, shards apart, and now and then a merge
+(`core.merging`). Reading a blob: `core.shards`.
 """
 
-import random
-import re
-import threading
-import time
-import uuid
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
-from datetime import UTC, datetime
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
 
+import pyarrow as pa
 from torch import Tensor
 
 from core.adapter import AdapterSpec
 from core.codec import decode
+from core.commits import Commits
 from core.demand import DemandCounter, read_demand
 from core.documents import Document
-from core.index import Index, Page, Stats
+from core.index import Page, Stats
 from core.manifest import (
     AdapterRow,
-    CorruptObject,
     DocumentRow,
+    Key,
     Location,
+    MissingObject,
     NewAdapter,
-    Part,
     PartKind,
     Producer,
-    Root,
     Row,
     StoreError,
-    blob_hash,
-    merge_parquet,
-    rows_from_parquet,
-    rows_to_parquet,
 )
-from core.objects import Objects
-
-ALIGNMENT_BYTES = 64
-_COMMIT_ATTEMPTS = 200
-_MERGE = 16
-_MERGED_ROWS = _MERGE**4
-_SHARD = re.compile(r"[0-9a-f]{32}\.bin")
-_ROOT = re.compile(r"([0-9]{20})\.json")
-
-
-class PutResult(NamedTuple):
-    """The rows that hold for what was put, in its order, and how many of them are new in version `sequence`."""
-
-    sequence: int
-    documents: list[DocumentRow]
-    adapters: list[AdapterRow]
-    new_documents: int
-    new_adapters: int
+from core.merging import Merger
+from core.objects import Objects, open_objects
+from core.part_reader import CACHE_BYTES
+from core.puts import Offer, PutResult
+from core.roots import Root
+from core.shards import SHARD_BYTES, read_blobs, remove_shards, write_blobs
+from core.versions import Versions
 
 
 class Store:
     """A store open for reading and writing, by any number of threads and processes; `Store.open` makes one.
 
-    Every call answers from one version: the newest at opening, at the last `refresh`, or of this object's last commit.
+    Every call answers from one version: the newest at opening, at the last `refresh`, or of this object's last commit. Where
+    that one's parts or shards have been collected meanwhile, a call goes to the newest and tries once more.
     """
 
-    def __init__(self, objects: Objects) -> None:
+    def __init__(self, objects: Objects, cache_bytes: int = CACHE_BYTES, shard_bytes: int = SHARD_BYTES) -> None:
         self._objects = objects
-        self._index = Index()
+        self._shard_bytes = shard_bytes
+        self._versions = Versions(objects, cache_bytes)
+        self._commits = Commits(objects, self._versions)
+        self._merger = Merger(objects, self._versions)
         self._specs: dict[str, AdapterSpec] = {}
-        self._refresh_lock = threading.Lock()
-        self._write_lock = threading.Lock()
 
     @classmethod
-    def open(cls, url: str | Path, create: bool = False) -> "Store":
-        """Opens the store under a path or `file://` URL, at its newest version; `create` makes an empty one where there is none.
+    def open(
+        cls, url: str | Path, create: bool = False, cache_bytes: int = CACHE_BYTES, shard_bytes: int = SHARD_BYTES
+    ) -> "Store":
+        """Opens the store under a path, a `file://` or an `s3://` URL, at its newest version; `create` makes an empty one.
 
-        Raises `ValueError` where there is no store or the scheme is not supported, and `StoreError` where it cannot be read.
+        cache_bytes: for rows in memory. shard_bytes: of the shards that this object writes. Raises `ValueError` where there is
+        no store or the scheme is not supported, `StoreError` where it cannot be read, `OSError` where storage fails.
         """
-        store = cls(Objects(url))
-        if store._newest_root() is None:
+        store = cls(open_objects(url), cache_bytes, shard_bytes)
+        if not store._versions.begin():
             if not create:
                 raise StoreError(f"no store at {store.url}: give the path of a store, or create one there")
             store._create()
-        store.refresh()
+            store.refresh()
         return store
 
     @property
     def url(self) -> str:
         """What opens this store again, in any process of this machine."""
-        return f"file://{self._objects.prefix}"
+        return self._objects.url
 
     @property
     def sequence(self) -> int:
         """The version that calls answer from."""
-        return self._index.root.sequence
+        return self._versions.index.root.sequence
 
     # Reading
 
     def refresh(self) -> bool:
-        """Goes to the newest version; says whether there was a newer one. Reads only parts not read before.
-
-        On an error the version stays as it was.
-        """
-        with self._refresh_lock:
-            newest = self._newest_root()
-            if newest is None or newest < self.sequence:
-                raise StoreError(f"{_root_name(self.sequence)} has gone from {self.url}: open the store again")
-            if newest == self.sequence:
-                return False
-            name = _root_name(newest)
-            root = Root.from_bytes(self._objects.read(name), name)
-            if root.sequence != newest:
-                raise CorruptObject(f"{name} is root {root.sequence}: it was copied or renamed")
-            known = {part.name for part in self._index.root.parts}
-            self._index.show(root, [row for part in root.parts if part.name not in known for row in self._read_part(part)])
-            return True
+        """Goes to the newest version; says whether there was a newer one. On an error the version stays as it was."""
+        return self._versions.refresh()
 
     def find_document(self, tenant: str, collection: str, name: str) -> DocumentRow | None:
-        """The live row of a name; None where there is none or it was deleted."""
-        return self._index.find_document(tenant, collection, name)
+        """The live row of a name, in any Unicode normal form; None where there is none or it was deleted."""
+        return self._versions.ask(lambda index: index.find_document(tenant, collection, name))
+
+    def find_documents(self, keys: Sequence[Key]) -> dict[Key, DocumentRow]:
+        """The live rows of many (tenant, collection, name), in NFC, in one pass: thousands cost little more than one."""
+        return self._versions.ask(lambda index: index.find_documents(keys))
 
     def find_adapters(self, tenant: str, content_hash: str, producer: str | None = None) -> list[AdapterRow]:
         """A tenant's adapters for some content, by window, oldest first; `producer` (a fingerprint) keeps its own only."""
-        return self._index.find_adapters(tenant, content_hash, producer)
+        return self._versions.ask(lambda index: index.find_adapters(tenant, content_hash, producer))
 
-    def adapter(self, adapter_id: str) -> AdapterRow | None:
-        """The adapter of that id, whose row says which tenant it belongs to: it is on the caller to compare."""
-        return self._index.adapter(adapter_id)
+    def find_adapters_of(self, contents: Sequence[tuple[str, str]]) -> dict[tuple[str, str], list[AdapterRow]]:
+        """The adapters of many (tenant, content hash), in one pass; those without any are left out."""
+        return self._versions.ask(lambda index: index.find_adapters_of(contents))
+
+    def adapter(self, tenant: str, content_hash: str, adapter_id: str) -> AdapterRow | None:
+        """The adapter of that id, which was made for that content."""
+        key = (tenant, content_hash, adapter_id)
+        return self.adapters([key]).get(key)
+
+    def adapters(self, keys: Sequence[Key]) -> dict[Key, AdapterRow]:
+        """Those of many (tenant, content hash, adapter id) that are there, in one pass."""
+        return self._versions.ask(lambda index: index.adapters(keys))
 
     def list_documents(
         self, tenant: str, collection: str | None = None, prefix: str = "", page_token: str | None = None, limit: int = 100
     ) -> Page:
         """A page of a tenant's live documents, as `Index.list_documents` orders and continues it."""
-        return self._index.list_documents(tenant, collection, prefix, page_token, limit)
+        return self._versions.ask(lambda index: index.list_documents(tenant, collection, prefix, page_token, limit))
+
+    def tables(self, kind: PartKind, tenant: str | None = None) -> Iterator[pa.Table]:
+        """All live rows of a kind, some at a time, as `Index.tables`. `MissingObject` if parts are collected on the way."""
+        return self._versions.index.tables(kind, tenant)
 
     def get_text(self, row: DocumentRow) -> str:
         """A document's text, checked; errors as of `get_bytes`."""
@@ -157,37 +144,49 @@ class Store:
         """An adapter's flat_N, fp32, checked; errors as of `get_bytes`, and `StoreError` where the bytes do not fit its spec."""
         data = self.get_bytes(row)
         try:
-            return decode(data, self.spec(row.spec_fingerprint).numel, row.encoding)
+            return decode(data, self.spec(row.spec_fingerprint), row.encoding)
         except ValueError as error:
             raise StoreError(f"adapter {row.adapter_id}: {error}") from None
 
     def get_bytes(self, row: Row) -> bytes:
-        """The row's blob as it was put: one ranged read, checked.
+        """The row's blob as it was put; errors as of `get_many`."""
+        return self.get_many([row])[0]
 
-        Raises `MissingObject` or `CorruptObject` naming the shard, and `StoreError` for a deleted document.
+    def get_many(self, rows: Sequence[Row]) -> list[bytes]:
+        """The rows' blobs as they were put, in their order, read side by side and checked; all are in memory at once.
+
+        A row whose shard has been collected is looked up again. Raises `MissingObject` or `CorruptObject` naming the shard, and
+        `StoreError` for a deleted row.
         """
-        if isinstance(row, DocumentRow) and row.deleted:
-            raise StoreError(f"document {row.name!r} was deleted: it has no text")
-        if not _SHARD.fullmatch(row.shard):
-            raise CorruptObject(f"{row.shard[:80]!r} is not the name of a shard")
-        data = self._objects.read(f"shards/{row.shard}", row.offset, row.length)
-        if blob_hash(data) != row.blob_hash:
-            raise CorruptObject(f"shards/{row.shard} is damaged between bytes {row.offset} and {row.offset + row.length}")
-        return data
+        for row in rows:
+            if row.deleted:
+                raise StoreError(f"{row.key[2]!r} was deleted: nothing of it is left to read")
+        try:
+            return read_blobs(self._objects, [_location(row) for row in rows])
+        except MissingObject:
+            self.refresh()
+            moved = self._today(rows)
+            if moved == list(rows):
+                raise
+            return read_blobs(self._objects, [_location(row) for row in moved])
 
     def producers(self) -> dict[str, Producer]:
         """Every producer that has written here, by fingerprint."""
-        return dict(self._index.root.producers)
+        return dict(self._versions.index.root.producers)
 
     def spec(self, fingerprint: str) -> AdapterSpec:
         """The spec that adapter rows name; `StoreError` where there is none."""
         if fingerprint not in self._specs:
-            self._specs[fingerprint] = self._index.root.spec(fingerprint)
+            self._specs[fingerprint] = self._versions.index.root.spec(fingerprint)
         return self._specs[fingerprint]
 
     def stats(self, tenant: str | None = None) -> Stats:
-        """Counts and bytes, of one tenant or of all."""
-        return self._index.stats(tenant)
+        """Counts and bytes: of all at once from the root; of one tenant by a pass over its rows."""
+        return self._versions.ask(lambda index: index.stats(tenant))
+
+    def tenants(self) -> list[str]:
+        """All tenants that have anything live."""
+        return self._versions.ask(lambda index: index.tenants())
 
     def demand(self) -> Counter[tuple[str, str, str]]:
         """Requests of each document (tenant, collection, name) over all servers and the last days, as `core.demand` counts."""
@@ -202,209 +201,55 @@ class Store:
     def put(self, documents: Iterable[Document] = (), adapters: Iterable[NewAdapter] = ()) -> PutResult:
         """Commits a batch as one version, whole or not at all, and returns when it is on disk.
 
-        A document that stands there already and an adapter id that is known are left as they are; where that is all, there is
-        no commit. A document under a known name with other content takes the name over. Raises `ValueError`, with nothing
-        written, for an adapter that does not fit its spec and for one name given twice with different content.
+        Takes documents and adapters as they come, so that a batch need not fit in memory. A document that stands there already
+        and an adapter id that is known are left as they are; where that is all, there is no commit. A document under a known
+        name with other content takes the name over. Batches of several threads become one version. Raises `ValueError`, with
+        nothing put, for an adapter that does not fit its spec and for one name given twice with different content. An `OSError`
+        leaves open whether the batch was put: put it again.
         """
-        documents, adapters = list(documents), list(adapters)
-        contents: dict[tuple[str, str, str], str] = {}
-        for document in documents:
-            if contents.setdefault(_key(document), document.content_hash) != document.content_hash:
-                raise ValueError(f"document {document.name!r} is twice in one batch with different content: put one of them")
-        offered = [(new.adapter_id, new, new.blob()) for new in adapters]
-        with self._write_lock:
-            self.refresh()
-            self._merge_small_parts()
-            created = datetime.now(UTC)
-            shard = _ShardWriter()
-            held_documents: dict[tuple[str, str, str], DocumentRow] = {}
-            held_adapters: dict[str, AdapterRow] = {}
-            for document in documents:
-                key = _key(document)
-                if key not in held_documents:
-                    live = self.find_document(*key)
-                    if live is None or live.content_hash != document.content_hash:
-                        place = shard.add(document.text.encode())
-                        live = _row(document, place, created)
-                    held_documents[key] = live
-            for identity, new, data in offered:
-                if identity not in held_adapters:
-                    held_adapters[identity] = self.adapter(identity) or new.row(shard.add(data), created)
-            sequence = self.sequence
-            if shard.chunks:
-                self._objects.write(f"shards/{shard.name}", shard.chunks)
-                sequence = self._commit_batch(shard.name, held_documents, held_adapters, adapters)
-        document_rows = [held_documents[_key(document)] for document in documents]
-        adapter_rows = [held_adapters[identity] for identity, _, _ in offered]
-        return PutResult(
-            sequence,
-            document_rows,
-            adapter_rows,
-            sum(row.shard == shard.name for row in held_documents.values()),
-            sum(row.shard == shard.name for row in held_adapters.values()),
-        )
+        self.refresh()
+        offer = Offer(self._versions)
+        locations = write_blobs(self._objects, offer.blobs(documents, adapters), self._shard_bytes)
+        batch = offer.batch(locations)
+        if locations:
+            self._commits.put(batch)
+        written = {location.shard for location in locations}
+        used = {row.shard for row in chain[Row](batch.documents.values(), batch.adapters.values())}
+        remove_shards(self._objects, written - used)
+        self._merger.merge_what_is_due()
+        return offer.result(batch.sequence or self.sequence, written)
 
     def delete_document(self, tenant: str, collection: str, name: str) -> bool:
         """Commits a tombstone: the name no longer resolves. False where it did not resolve before.
 
         Text and adapters stay on disk, and adapters stay reachable by content: other names may have the same.
         """
+        self.refresh()
+        row = self.find_document(tenant, collection, name)
+        return row is not None and self._commits.delete([row.key]) > 0
 
-        def change(root: Root) -> tuple[Root, list[Row]] | None:
-            live = self.find_document(tenant, collection, name)
-            if live is None:
-                return None
-            dead = replace(
-                live, title="", shard="", offset=0, length=0, blob_hash="", sequence=root.sequence + 1, created=now, deleted=True
-            )
-            return root.next([*root.parts, self._write_part("documents", [dead])]), [dead]
-
-        now = datetime.now(UTC)
-        with self._write_lock:
-            self.refresh()
-            return self._commit(change) is not None
+    def delete_documents(self, keys: Sequence[Key]) -> int:
+        """`delete_document` for many (tenant, collection, name), in NFC, as one version; says how many resolved before."""
+        self.refresh()
+        return self._commits.delete(keys)
 
     def _create(self) -> None:
-        if (self._objects.names("shards") or self._objects.names("manifest")) and self._newest_root() is None:
+        folders = (self._objects.names(folder) for folder in ("shards", "manifest"))
+        if any(next(names, None) for names in folders) and self._versions.roots.newest() is None:
             raise StoreError(f"{self.url} holds shards or a manifest but no root: restore its roots, or choose another place")
-        self._objects.make_folders(["shards", "manifest", "roots"])
-        self._objects.create(_root_name(1), Root().next([]).to_bytes())
+        self._versions.roots.create(Root().next([]))
 
-    def _commit_batch(
-        self,
-        shard: str,
-        documents: dict[tuple[str, str, str], DocumentRow],
-        adapters: dict[str, AdapterRow],
-        offered: Sequence[NewAdapter],
-    ) -> int:
-        """Commits the rows that lie in `shard`; where another writer was first with the same, its row takes the place of ours."""
+    def _today(self, rows: Sequence[Row]) -> list[Row]:
+        """The rows as they are now: those of the same content, wherever its blob lies; the others as they were."""
+        documents = self.find_documents([row.key for row in rows if isinstance(row, DocumentRow)])
+        adapters = self.adapters([row.key for row in rows if isinstance(row, AdapterRow)])
 
-        def change(root: Root) -> tuple[Root, list[Row]] | None:
-            for key, document in documents.items():
-                if document.shard == shard:
-                    live = self.find_document(*key)
-                    same = live is not None and live.content_hash == document.content_hash
-                    documents[key] = live if live is not None and same else replace(document, sequence=root.sequence + 1)
-            for identity in adapters:
-                adapters[identity] = self.adapter(identity) or adapters[identity]
-            document_rows = [row for row in documents.values() if row.shard == shard]
-            adapter_rows = [row for row in adapters.values() if row.shard == shard]
-            if not document_rows and not adapter_rows:
-                return None
-            parts = list(root.parts)
-            if document_rows:
-                parts.append(self._write_part("documents", document_rows))
-            if adapter_rows:
-                parts.append(self._write_part("adapters", adapter_rows))
-            names = {(row.producer_fingerprint, row.spec_fingerprint) for row in adapter_rows}
-            makers = [new for new in offered if (new.producer.fingerprint, new.spec.fingerprint) in names]
-            producers = {new.producer.fingerprint: new.producer for new in makers}
-            specs = {new.spec.fingerprint: new.spec for new in makers}
-            return root.next(parts, producers, specs), [*document_rows, *adapter_rows]
+        def today(row: Row) -> Row:
+            now = adapters.get(row.key) if isinstance(row, AdapterRow) else documents.get(row.key)
+            return now if now is not None and now.content_hash == row.content_hash else row
 
-        sequence = self._commit(change)
-        if sequence is None:
-            self._objects.remove(f"shards/{shard}")
-        return sequence or self.sequence
-
-    def _merge_small_parts(self) -> None:
-        """Where 16 parts of one kind and of like size have gathered, makes one of them. A row is merged 4 times at most."""
-
-        def change(root: Root) -> tuple[Root, list[Row]] | None:
-            group = _mergeable(root.parts)
-            if not group:
-                return None
-            data = merge_parquet(group[0].kind, [(self._read_checked(part), part.name) for part in group])
-            merged = self._write_part_bytes(group[0].kind, data, sum(part.rows for part in group))
-            return root.next([part for part in root.parts if part not in group] + [merged]), []
-
-        while self._commit(change) is not None:
-            pass
-
-    def _commit(self, change: Callable[[Root], tuple[Root, list[Row]] | None]) -> int | None:
-        """Makes the next version. `change` says what it is and which rows it adds, or None where there is nothing left to do.
-
-        It is asked again after each race lost, on the winner's version. Returns the sequence made, or None.
-        """
-        for attempt in range(_COMMIT_ATTEMPTS):
-            base = self._index.root
-            changed = change(base)
-            if changed is None:
-                return None
-            root, rows = changed
-            if self._objects.create(_root_name(root.sequence), root.to_bytes()):
-                with self._refresh_lock:
-                    if root.sequence > self._index.root.sequence:
-                        self._index.show(root, rows)
-                return root.sequence
-            for part in set(root.parts) - set(base.parts):
-                self._objects.remove(f"manifest/{part.name}")
-            time.sleep(random.uniform(0, 0.005 * min(attempt, 10)))
-            self.refresh()
-        raise StoreError(f"lost {_COMMIT_ATTEMPTS} races to commit to {self.url}: put the batch again")
-
-    def _newest_root(self) -> int | None:
-        """The highest sequence of a root, None where there is none. No listing where nothing has changed."""
-        here = self.sequence
-        if here and self._objects.exists(_root_name(here)) and not self._objects.exists(_root_name(here + 1)):
-            return here
-        matches = [_ROOT.fullmatch(name) for name in self._objects.names("roots")]
-        return max((int(match[1]) for match in matches if match), default=None)
-
-    def _read_part(self, part: Part) -> list[Row]:
-        rows = rows_from_parquet(part.kind, self._read_checked(part), f"manifest/{part.name}")
-        if len(rows) != part.rows:
-            raise CorruptObject(f"manifest/{part.name} has {len(rows)} rows, and its root says {part.rows}")
-        return rows
-
-    def _read_checked(self, part: Part) -> bytes:
-        data = self._objects.read(f"manifest/{part.name}")
-        if blob_hash(data) != part.checksum:
-            raise CorruptObject(f"manifest/{part.name} is damaged: its hash is not the one that the root says")
-        return data
-
-    def _write_part(self, kind: PartKind, rows: Sequence[Row]) -> Part:
-        return self._write_part_bytes(kind, rows_to_parquet(kind, rows), len(rows))
-
-    def _write_part_bytes(self, kind: PartKind, data: bytes, rows: int) -> Part:
-        part = Part(name=f"{uuid.uuid4().hex}.parquet", kind=kind, rows=rows, checksum=blob_hash(data))
-        self._objects.write(f"manifest/{part.name}", [data])
-        return part
+        return [today(row) for row in rows]
 
 
-def _mergeable(parts: Sequence[Part]) -> list[Part]:
-    """16 parts or more of one kind whose rows lie between two powers of 16, of small parts only; none where there are fewer."""
-    groups: dict[tuple[PartKind, int], list[Part]] = defaultdict(list)
-    for part in parts:
-        if part.rows < _MERGED_ROWS:
-            size = next(power for power in range(1, 5) if part.rows < _MERGE**power)
-            groups[part.kind, size].append(part)
-    return next((group for group in groups.values() if len(group) >= _MERGE), [])
-
-
-def _key(document: Document) -> tuple[str, str, str]:
-    return document.tenant, document.collection, document.name
-
-
-def _row(document: Document, place: Location, created: datetime) -> DocumentRow:
-    return DocumentRow(*_key(document), document.title, document.content_hash, **place._asdict(), sequence=0, created=created)
-
-
-def _root_name(sequence: int) -> str:
-    return f"roots/{sequence:020}.json"
-
-
-class _ShardWriter:
-    """Packs blobs into a shard to be."""
-
-    def __init__(self) -> None:
-        self.name = f"{uuid.uuid4().hex}.bin"
-        self.chunks: list[bytes] = []
-        self._size = 0
-
-    def add(self, data: bytes) -> Location:
-        padding = -self._size % ALIGNMENT_BYTES
-        location = Location(self.name, self._size + padding, len(data), blob_hash(data))
-        self.chunks += [bytes(padding), data]
-        self._size += padding + len(data)
-        return location
+def _location(row: Row) -> Location:
+    return Location(row.shard, row.offset, row.length, row.blob_hash)

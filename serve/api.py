@@ -60,7 +60,7 @@ def create_app(service: Service, max_body_bytes: int = 2**21) -> FastAPI:
     @app.get("/v1/models")
     async def models(after: str | None = None, limit: int = 100, prefix: str = "") -> Response:
         try:
-            page = service.resolver.list_models(after, limit, prefix)
+            page = await asyncio.to_thread(service.resolver.list_models, after, limit, prefix)
         except ValueError as error:
             raise ApiError(400, str(error), param="limit" if str(error).startswith("limit") else "after") from None
         data = [_model(service, resolution) for resolution in page.models]
@@ -70,7 +70,7 @@ def create_app(service: Service, max_body_bytes: int = 2**21) -> FastAPI:
     @app.get("/v1/models/{model_id:path}")
     async def model(model_id: str) -> Response:
         with as_api_errors():
-            return JSONResponse(_model(service, service.resolver.resolve(model_id)))
+            return JSONResponse(_model(service, await asyncio.to_thread(service.resolver.resolve, model_id)))
 
     @app.get("/health")
     async def health() -> Response:

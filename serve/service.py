@@ -112,7 +112,7 @@ class Service:
     async def answer(self, body: ChatRequest | CompletionRequest) -> AsyncIterator[Answer]:
         """Begins an answer and ends it on leaving. `ApiError` where there is none to be had; its pieces may raise it too."""
         with as_api_errors(), self.engine.admitted():
-            resolution = self.resolver.resolve(body.model).in_mode(body.imprint.mode)
+            resolution = (await asyncio.to_thread(self.resolver.resolve, body.model)).in_mode(body.imprint.mode)
             if resolution.document is not None:
                 self._demand.count(resolution.document.key)
             adapter = None if resolution.adapter is None else await self.residency.get(resolution.adapter)

@@ -1,4 +1,3 @@
-import multiprocessing
 import threading
 from itertools import pairwise
 from pathlib import Path
@@ -8,17 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.codec import ENCODINGS
+from core.codec import ENCODINGS, decode, encode
 from core.documents import Window
-from core.manifest import (
-    MissingObject,
-    Producer,
-    Root,
-    StoreError,
-    adapter_id,
-    blob_hash,
-)
-from core.store import ALIGNMENT_BYTES, Store
+from core.manifest import MissingObject, Producer, StoreError, adapter_id, blob_hash
+from core.roots import Root
+from core.shards import ALIGNMENT_BYTES
+from core.store import Store
 from tests.stores import PRODUCER, SPEC, adapter, document, store_with_one, the_file, vector
 
 
@@ -32,13 +26,13 @@ def test_round_trip(tmp_path: Path) -> None:
         assert row is not None and (row, one.content_hash) == (result.documents[0], row.content_hash)
         assert (reader.get_text(row), row.title, row.sequence) == (one.text, "Title", 2)
         [found] = reader.find_adapters("tenant", one.content_hash)
-        assert found == result.adapters[0] == reader.adapter(found.adapter_id)
+        assert found == result.adapters[0] == reader.adapter(*found.key)
         assert found.adapter_id == adapter_id("tenant", one.content_hash, Window(0, 3), PRODUCER, SPEC, "fp32")
         assert (found.window, found.rank, found.tokens, found.quality, found.parent) == (Window(0, 3), 2, 3, 0.5, "p" * 64)
         assert torch.equal(reader.get_vector(found), vector())
         assert reader.producers() == {PRODUCER.fingerprint: PRODUCER}
         assert reader.spec(found.spec_fingerprint) == SPEC
-        assert reader.stats() == (2, 2, 1, 1, 1, len(one.text.encode()), 4 * SPEC.numel)
+        assert reader.stats() == reader.stats("tenant") == (2, 2, 1, 1, len(one.text.encode()), 4 * SPEC.numel)
 
 
 @settings(max_examples=20, deadline=None)
@@ -63,9 +57,9 @@ def test_any_documents_and_vectors_round_trip(
     reader = Store.open(path)
     listed = reader.list_documents("tenant").rows
     assert {row.name: reader.get_text(row) for row in listed} == {each.name: each.text for each in documents}
-    rows = [reader.adapter(new.adapter_id) for new in adapters]
+    rows = [reader.adapter(new.tenant, new.content_hash, new.adapter_id) for new in adapters]
     for (seed, encoding), row in zip(vectors, rows, strict=True):
-        expected_N = vector(seed) if encoding == "fp32" else vector(seed).bfloat16().float()
+        expected_N = decode(encode(vector(seed), encoding, SPEC), SPEC, encoding)
         assert row is not None and torch.equal(reader.get_vector(row), expected_N)
     places = sorted((row.shard, row.offset, row.length) for row in [*listed, *rows])
     assert all(offset % ALIGNMENT_BYTES == 0 for _, offset, _ in places)
@@ -92,8 +86,8 @@ def test_opening_says_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no store at"):
         Store.open(tmp_path / "absent")
     assert not (tmp_path / "absent").exists()
-    for url in ("s3://bucket/prefix", "memory://x", Path("s3://bucket/x")):
-        with pytest.raises(ValueError, match=r"not supported; give a path or a file:// URL"):
+    for url in ("gs://bucket/prefix", "memory://x", Path("gs://bucket/x")):
+        with pytest.raises(ValueError, match=r"not supported: give a path, a file:// or an s3:// URL"):
             Store.open(url, create=True)
 
 
@@ -148,8 +142,8 @@ def test_losing_the_race_for_an_id_keeps_the_winners_row(tmp_path: Path, monkeyp
     for reader in (store, Store.open(tmp_path)):
         assert [torch.equal(reader.get_vector(row), vector(seed)) for row, seed in zip(result.adapters, (1, 3), strict=True)]
         assert torch.equal(reader.get_vector(result.adapters[0]), vector(1))
-        assert reader.stats()[2:5] == (1, 2, 2)
-    listed = {part.name for part in Root.from_bytes(the_file(tmp_path, "roots/*").read_bytes(), "root").parts}
+        assert reader.stats()[2:4] == (2, 2)
+    listed = {part.name for part in Root.from_bytes(the_file(tmp_path, "roots/*.json").read_bytes(), "root").parts}
     assert {file.name for file in tmp_path.glob("manifest/*")} == listed, "parts of the lost attempt are gone"
 
 
@@ -200,7 +194,7 @@ def test_tenants_never_meet(tmp_path: Path) -> None:
         [row] = store.find_adapters(tenant, mine.content_hash)
         assert row.tenant == tenant and torch.equal(store.get_vector(row), vector(seed))
         assert [row.tenant for row in store.list_documents(tenant).rows] == [tenant]
-        assert store.stats(tenant)[2:5] == (1, 1, 1)
+        assert store.stats(tenant)[2:4] == (1, 1)
     store.delete_document("mine", "c", "name")
     assert store.find_document("theirs", "c", "name") is not None
     assert store.find_document("nobody", "c", "name") is None and store.list_documents("nobody").rows == []
@@ -257,14 +251,14 @@ def test_bad_page_tokens_are_refused(tmp_path: Path, token: str) -> None:
 def test_bad_adapters_are_refused_and_nothing_is_written(tmp_path: Path) -> None:
     store, one = Store.open(tmp_path, create=True), document()
     bad: list[tuple[dict[str, object], str]] = [
-        ({"vector": torch.zeros(3)}, "the vector has 12 bytes, but its spec has"),
+        ({"vector": torch.zeros(3)}, "a flat vector of 80 floats"),
         ({"vector": b"xx"}, "the vector has 2 bytes"),
         ({"vector": torch.full((SPEC.numel,), torch.nan)}, "not finite"),
         ({"window": Window(2, 2)}, "window"),
         ({"window": Window(-1, 2)}, "window"),
         ({"tenant": "a\0"}, "tenant"),
         ({"content_hash": "../x"}, "content hash"),
-        ({"encoding": "int8"}, "'int8' is not known"),
+        ({"encoding": "int3"}, "'int3' is not known"),
     ]
     for changes, message in bad:
         with pytest.raises(ValueError, match=message):
@@ -279,13 +273,13 @@ def test_many_commits_stay_few_parts(tmp_path: Path) -> None:
     for name in names:
         one = document(name, name=name)
         store.put([one], [adapter(one)])
-        assert store.stats().parts <= 36
+        assert store.stats().parts <= 2 * (15 + 8 + 1)
     store.put([document("edited", name="n000")])
     reader.refresh()
     for each in (store, reader, Store.open(tmp_path)):
         rows = each.list_documents("tenant").rows
         assert [row.name for row in rows] == names and each.get_text(rows[0]) == "edited"
-        assert each.stats()[3:5] == (40, 40) and each.stats().parts < 25
+        assert each.stats()[2:4] == (40, 40) and each.stats().parts < 40
 
 
 def test_a_merge_never_brings_an_old_version_back(tmp_path: Path) -> None:
@@ -295,8 +289,9 @@ def test_a_merge_never_brings_an_old_version_back(tmp_path: Path) -> None:
     store.put([document("new", name=f"n{number}") for number in range(20)])
     store.put([document("more", name="m0")])
     store.put([document("more", name="m1")])
-    parts = Root.from_bytes(the_file(tmp_path, "roots/*").read_bytes(), "root").parts
-    assert [part.rows for part in parts] == [20, 16, 1], "the old rows now come after the new ones"
+    store._merger.merge_what_is_due(patience=0)
+    parts = Root.from_bytes(the_file(tmp_path, "roots/*.json").read_bytes(), "root").parts
+    assert [part.rows for part in parts] == [20, 17], "the old rows now come after the new ones"
     for each in (store, Store.open(tmp_path)):
         assert {each.get_text(row) for row in each.list_documents("tenant", prefix="n").rows} == {"new"}
 
@@ -304,51 +299,13 @@ def test_a_merge_never_brings_an_old_version_back(tmp_path: Path) -> None:
 def test_a_refresh_reads_new_parts_only(tmp_path: Path) -> None:
     writer, _ = store_with_one(tmp_path)
     reader = Store.open(tmp_path)
+    assert len(reader.list_documents("tenant").rows) == 1
     for part in tmp_path.glob("manifest/*"):
         part.unlink()
     writer.put([document("more", name="more")])
     assert reader.refresh() and len(reader.list_documents("tenant").rows) == 2
     with pytest.raises(MissingObject, match="manifest/"):
-        Store.open(tmp_path)
-
-
-def put_many(path: Path, writer: int, commits: int) -> None:
-    store = Store.open(path)
-    for number in range(commits):
-        one = document(f"text {writer} {number}", name=f"{writer}-{number}")
-        shared = document(f"shared {number}", name=f"shared-{number}")
-        store.put([one, shared], [adapter(one, number), adapter(shared, writer)])
-
-
-def test_two_writers_lose_nothing_and_readers_see_whole_versions(tmp_path: Path) -> None:
-    commits = 50
-    Store.open(tmp_path, create=True)
-    context = multiprocessing.get_context("spawn")
-    writers = [context.Process(target=put_many, args=(tmp_path, writer, commits)) for writer in range(2)]
-    for writer in writers:
-        writer.start()
-    reader, sequences = Store.open(tmp_path), []
-    while any(writer.is_alive() for writer in writers):
-        if reader.refresh():
-            sequences.append(reader.sequence)
-            for row in reader.list_documents("tenant", limit=1000).rows:
-                assert len(reader.find_adapters("tenant", row.content_hash)) == 1, "a document comes with its adapter"
-        writers[0].join(0.01)
-    for writer in writers:
-        writer.join()
-        assert writer.exitcode == 0
-    assert sequences == sorted(set(sequences)) and len(sequences) > 5
-    store = Store.open(tmp_path)
-    assert store.stats()[3:5] == (3 * commits, 3 * commits)
-    texts = {row.name: store.get_text(row) for row in store.list_documents("tenant", limit=1000).rows}
-    assert texts == {f"{writer}-{number}": f"text {writer} {number}" for writer in range(2) for number in range(commits)} | {
-        f"shared-{number}": f"shared {number}" for number in range(commits)
-    }
-    for number in range(commits):
-        for writer in range(2):
-            [row] = store.find_adapters("tenant", document(f"text {writer} {number}").content_hash)
-            assert torch.equal(store.get_vector(row), vector(number))
-    assert not list(tmp_path.rglob("*.tmp"))
+        Store.open(tmp_path).list_documents("tenant")
 
 
 def test_threads_read_whole_versions_while_one_writes(tmp_path: Path) -> None:
