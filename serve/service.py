@@ -189,12 +189,12 @@ class Service:
 
 
 def _served_spec(base: BaseModel, store: Store, resolver: Resolver, settings: ServeSettings) -> AdapterSpec:
-    """Of the preferred kind that has adapters for this base which may answer now: all sites, at the largest rank of theirs."""
+    """Of the preferred kind that has adapters for this base: all sites, at the largest rank of theirs."""
     lora, memories = base.spec(1), _memory_specs(base)
     wanted = [lora, *memories] if settings.kind == "lora" else [*memories, lora]
+    specs = [store.spec(fingerprint) for fingerprint in resolver.spec_fingerprints()]
     for kind in wanted:
-        specs = [store.spec(fingerprint) for fingerprint in {row.spec_fingerprint for row in resolver.answering(kind.kind_name)}]
-        if fitting := [spec for spec in specs if _fits(base, spec)]:
+        if fitting := [spec for spec in specs if spec.kind_name == kind.kind_name and _fits(base, spec)]:
             common = common_spec([kind, *fitting])
             return common.with_rank((settings.max_rank if kind.kind == settings.kind else None) or common.rank)
     if settings.kind == "lora" or not memories:
