@@ -34,7 +34,9 @@ from core.manifest import NewAdapter
 from core.store import Store
 from imprint import ray_session
 from pipelines import sources, world
-from pipelines.convert import ConvertRecipe, ConvertRun, convert, open_writer, prepare
+from pipelines.convert import convert
+from pipelines.convert_recipe import ConvertRecipe, ConvertRun
+from pipelines.converter import open_writer, prepare, tokens_of
 from pipelines.world_tokenizer import build_tokenizer
 
 SHAPE: dict[str, Any] = {
@@ -73,7 +75,7 @@ def plain_loop(writer: AdapterWriter, corpus: Path, store: Path, documents: int,
     for row in islice(_rows(corpus), documents):
         [prepared] = prepare(row, tokenizer).to_pylist()
         document = Document(**{name: prepared[name] for name in ("tenant", "collection", "name", "title", "text")})
-        [outcome] = writer.write([document], [prepared["ids"]])
+        [outcome] = writer.write([document], [tokens_of(prepared)])
         assert isinstance(outcome, Written)
         new_documents.append(document)
         new_adapters += outcome.adapters

@@ -28,11 +28,13 @@ from core.lora import LoraWeights, stack
 from core.metrics import exact_match
 from core.store import Store
 from pipelines import world
-from pipelines.convert import ConvertRecipe, Summary, convert
+from pipelines.convert import convert
+from pipelines.convert_recipe import ConvertRecipe
 from pipelines.evaluate import Report, evaluate
 from pipelines.evaluation_report import write_report
 from pipelines.plots import training_curves
 from pipelines.progress import training_progress
+from pipelines.receipts import Summary
 from pipelines.recipe import HypernetworkRecipe
 from pipelines.reference import REFERENCE
 from pipelines.train import train

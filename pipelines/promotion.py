@@ -14,7 +14,6 @@ import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from functools import lru_cache, partial
-from pathlib import Path
 from typing import NamedTuple
 
 import pyarrow as pa
@@ -22,10 +21,12 @@ import ray
 from rich.console import Console
 
 from core.index import MAX_PAGE
-from core.manifest import DocumentRow, StoreError
+from core.manifest import AdapterRow, DocumentRow, StoreError
 from core.selection import parse_selection
 from core.store import Store
-from pipelines.convert import CHANGED, ConvertRecipe, Corpus, checked, convert_corpus
+from pipelines.convert import Corpus, convert_corpus
+from pipelines.convert_recipe import ConvertRecipe, checked
+from pipelines.converter import CHANGED
 from pipelines.receipts import Summary
 from pipelines.sources import PIECE_BYTES, PIECE_FILES, ROWS
 
@@ -77,11 +78,10 @@ def choose(store: Store | str, select: str, recipe: ConvertRecipe) -> Choice:
     store = Store.open(store) if isinstance(store, str) else store
     demand, producers, now = store.demand(), store.producers(), datetime.now(UTC)
     candidates, total = [], 0
-    for document in _documents(store, recipe.tenant, recipe.collection):
+    for document, adapters in _documents(store, recipe.tenant, recipe.collection):
         total += 1
         age_days = (now - document.created).total_seconds() / _SECONDS_A_DAY
         figures, method = Figures(demand=demand[document.key], age_days=age_days), None
-        adapters = store.find_adapters(document.tenant, document.content_hash)
         if adapters:
             newest = max(adapters, key=lambda row: (row.created, row.adapter_id))
             same = [row for row in adapters if row.producer_fingerprint == newest.producer_fingerprint]
@@ -93,22 +93,23 @@ def choose(store: Store | str, select: str, recipe: ConvertRecipe) -> Choice:
     return Choice(sorted(candidates, key=lambda each: -each.figures.demand), total)
 
 
-def promote(
-    store_url: str, select: str, recipe: ConvertRecipe, progress: Console | None = None, rejects: Path | None = None
-) -> Summary:
+def promote(store_url: str, select: str, recipe: ConvertRecipe, progress: Console | None = None) -> Summary:
     """Lifts what `choose` gives, on the Ray that the process is connected to; arguments and errors as of `pipelines.convert`."""
     start, recipe = time.time(), checked(recipe)
     store = Store.open(store_url)
     documents = [candidate.document for candidate in choose(store, select, recipe).candidates]
-    corpus = Corpus(partial(_dataset, documents, store.url), sum(document.length for document in documents), in_store=True)
-    return convert_corpus(corpus, store, recipe, start, progress, rejects)
+    size_bytes = sum(document.length for document in documents)
+    corpus = Corpus(f"{store.url} where {select}", partial(_dataset, documents, store.url), size_bytes, in_store=True)
+    return convert_corpus(corpus, store, recipe, start, progress)
 
 
-def _documents(store: Store, tenant: str, collection: str) -> Iterator[DocumentRow]:
+def _documents(store: Store, tenant: str, collection: str) -> Iterator[tuple[DocumentRow, list[AdapterRow]]]:
+    """Each document with its adapters."""
     token = None
     while True:
         page = store.list_documents(tenant, collection, page_token=token, limit=MAX_PAGE)
-        yield from page.rows
+        adapters = store.find_adapters_of([(row.tenant, row.content_hash) for row in page.rows])
+        yield from ((row, adapters.get((row.tenant, row.content_hash), [])) for row in page.rows)
         if (token := page.next_token) is None:
             return
 

@@ -1,6 +1,7 @@
 import io
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,20 +10,23 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from models import SHAPE
+from conversion import tiny_recipe
 from rich.console import Console
-from transformers import AutoModelForCausalLM, Qwen3Config
 
 from core.adapter_writing import WindowRule
-from core.base_model import BaseModel, load_base
+from core.base_model import load_base
 from core.documents import windows
-from core.hypernetwork import Hypernetwork, HypernetworkSettings
+from core.hypernetwork import Hypernetwork
 from core.lift_writing import LiftRecipe
 from core.lora import LoraWeights, mean_adapter, stack
 from core.prompts import encode
 from core.store import Store
 from pipelines import sources
-from pipelines.convert import ConvertRecipe, ConvertRun, _Convert, convert, prepare
+from pipelines.convert import convert
+from pipelines.convert_recipe import ConvertRecipe, ConvertRun
+from pipelines.converter import Converter, prepare
+from pipelines.pruning import PruneSettings
+from pipelines.records import Reading
 from pipelines.world_tokenizer import build_tokenizer
 
 MAX_TOKENS = 60
@@ -31,25 +35,8 @@ RUN = ConvertRun(buffer_documents=8, batch_rows=3, actors=2)
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> ConvertRecipe:
-    """A tiny random base and hypernetwork on disk."""
-    folder = tmp_path_factory.mktemp("models")
-    tokenizer = build_tokenizer()
-    torch.manual_seed(0)
-    config = Qwen3Config(**{**SHAPE, "vocab_size": len(tokenizer)}, head_dim=12, tie_word_embeddings=True)
-    base = BaseModel(AutoModelForCausalLM.from_config(config), tokenizer)
-    base.model.save_pretrained(folder / "base")
-    tokenizer.save_pretrained(folder / "base")
-    settings = HypernetworkSettings(rank=2, meta_rank=2, num_layers=2, num_heads=4, feed_forward=32, scale=1e-2)
-    hypernetwork = Hypernetwork(load_base(folder / "base"), settings)
-    hypernetwork.save(folder / "hypernetwork")
-    return ConvertRecipe(
-        base=str(folder / "base"),
-        hypernetwork=str(folder / "hypernetwork"),
-        tenant="acme",
-        collection="docs",
-        encoding="fp32",
-        windows=WindowRule(max_tokens=MAX_TOKENS),
-        run=RUN,
+    return tiny_recipe(tmp_path_factory.mktemp("models")).model_copy(
+        update={"encoding": "fp32", "windows": WindowRule(max_tokens=MAX_TOKENS), "run": RUN}
     )
 
 
@@ -79,12 +66,12 @@ def write_corpus(root: Path) -> dict[str, str]:
     pq.write_table(pa.table(columns), root / "table.parquet")
     (root / "damaged.parquet").write_bytes((root / "table.parquet").read_bytes()[:-9])
     pq.write_table(pa.table({"body": ["x"]}), root / "other.parquet")
-    (root / "bad.txt").write_bytes(b"caf\xe9")
     (root / "binary.md").write_bytes(b"a\0b")
     (root / "empty.txt").write_bytes(b"")
     (root / "blank.jsonl").write_bytes(b"\n\n")
     (root / "large.txt").write_text("x" * 5000)
     (root / "scan.pdf").write_bytes(b"%PDF")
+    (root / "page.docx").write_bytes(b"PK")
     (root / ".hidden" / "a.txt").write_text("hidden")
     (root.parent / "secret.txt").write_text("A secret outside of the folder.")
     (root.parent / "elsewhere").mkdir(exist_ok=True)
@@ -114,12 +101,12 @@ BAD = {
     "8": "no text",
     "damaged.parquet": "cannot be read",
     "other.parquet": "no column text",
-    "bad.txt": "not UTF-8",
     "binary.md": "binary",
     "empty.txt": "empty",
     "blank.jsonl": "empty",
     "large.txt": "too large",
-    "scan.pdf": "no reader for this kind of file",
+    "scan.pdf": "malformed",
+    "page.docx": "no reader for this kind of file",
     "link.txt": "a link that leaves the folder",
     "folder": "a link that leaves the folder",
     "loop": "a link to a folder",
@@ -129,8 +116,10 @@ BAD = {
 }
 
 
-def rejected(path: Path) -> dict[str, str]:
-    return {row["name"]: row["reason"].partition(":")[0] for row in map(json.loads, path.read_text().splitlines())}
+def rejected(files: str) -> dict[str, str]:
+    """Names and reasons of a run's rejects."""
+    lines = [line for path in sorted(Path(files, "rejects").iterdir()) for line in path.read_text().splitlines()]
+    return {row["name"]: row["reason"].partition(":")[0] for row in map(json.loads, lines)}
 
 
 def rows_of(source: sources.Source) -> Iterator[dict[str, Any]]:
@@ -140,7 +129,7 @@ def rows_of(source: sources.Source) -> Iterator[dict[str, Any]]:
 
 def test_every_file_becomes_documents_or_rejects(tmp_path: Path) -> None:
     texts = write_corpus(tmp_path / "corpus")
-    source = sources.open_source(str(tmp_path / "corpus"), "acme", "docs", max_document_bytes=4096)
+    source = sources.open_source(str(tmp_path / "corpus"), "acme", "docs", Reading(max_document_bytes=4096))
     rows = list(rows_of(source))
     reasons = {row["name"]: row["reason"].partition(":")[0] for row in rows if row["reason"]}
     assert reasons == {name: reason for name, reason in BAD.items() if name != "row-1"}
@@ -149,8 +138,7 @@ def test_every_file_becomes_documents_or_rejects(tmp_path: Path) -> None:
     titled = {row["name"]: row["title"] for row in rows if row["title"]}
     assert titled == {"notes.md": "The title", "row-1": "First"}
     assert {(row["tenant"], row["collection"]) for row in rows} == {("acme", "docs")}
-    blank_line_bytes = 1
-    assert sum(row["source_bytes"] for row in rows) == source.size_bytes - blank_line_bytes
+    assert sum(row["source_bytes"] for row in rows) == source.size_bytes
     assert "secret" not in str(rows).replace("secret.txt", "")
 
 
@@ -181,14 +169,17 @@ def test_a_folder_becomes_a_store_and_a_rerun_converts_what_changed(
 ) -> None:
     corpus, url = tmp_path / "corpus", str(tmp_path / "store")
     texts = write_corpus(corpus)
-    recipe = recipe.model_copy(update={"run": RUN.model_copy(update={"max_document_bytes": 4096})})
+    recipe = recipe.model_copy(update={"reading": Reading(max_document_bytes=4096)})
 
     drawn = io.StringIO()
     summary = convert(str(corpus), url, recipe, progress=Console(file=drawn, force_terminal=True, width=120))
     assert "documents/s" in drawn.getvalue()
-    assert rejected(tmp_path / "store.rejects.jsonl") == BAD and summary.rejects_path == tmp_path / "store.rejects.jsonl"
+    assert rejected(summary.files) == BAD and Path(summary.files).parent == tmp_path / "store.runs"
+    told = pq.read_table(Path(summary.files, "receipts")).to_pylist()
+    assert Counter(row["status"] for row in told) == summary.documents
+    assert json.loads(Path(summary.files, "about/finished.json").read_text())["adapters"] == summary.adapters
     assert summary.documents == {"converted": len(texts) - 1, "shared": 1, "rejected": len(BAD)}
-    assert summary.reasons["not UTF-8"] == 2 and 0 < summary.worst_error < 1
+    assert summary.reasons["not UTF-8"] == 1 and 0 < summary.worst_error < 1
     assert summary.start_s > 0 and summary.documents_per_s > 0 and any("composed" in line for line in summary.lines())
 
     store = Store.open(url)
@@ -219,9 +210,11 @@ def test_a_folder_becomes_a_store_and_a_rerun_converts_what_changed(
     (corpus / "notes.md").write_text("# The title\n\nAnother body.")
     (corpus / "moved.txt").write_text(texts["7"])
     before = store.find_document("acme", "docs", "notes.md")
-    summary = convert(str(corpus), url, recipe, rejects=tmp_path / "elsewhere.jsonl")
-    assert summary.documents == {"converted": 1, "shared": 1, "unchanged": len(texts) - 1, "rejected": len(BAD)}
-    assert rejected(tmp_path / "elsewhere.jsonl") == BAD
+    (corpus / "long.txt").unlink()
+    summary = convert(str(corpus), url, recipe.model_copy(update={"prune": PruneSettings(enabled=True)}))
+    assert summary.documents == {"converted": 1, "shared": 1, "unchanged": len(texts) - 2, "rejected": len(BAD)}
+    assert summary.pruned is not None and "not all of the source was read" in str(summary.pruned.reason)
+    assert rejected(summary.files) == BAD
     store.refresh()
     after = store.find_document("acme", "docs", "notes.md")
     assert before is not None and after is not None and before.content_hash != after.content_hash
@@ -238,7 +231,14 @@ def test_tenants_and_encodings_share_nothing(ray_local: Any, recipe: ConvertReci
     other = recipe.model_copy(update={"tenant": "other", "encoding": "bf16", "run": RUN.model_copy(update={"shard_bytes": 1})})
     assert convert(str(corpus), url, one).documents == {"converted": 20, "rejected": 1}
     assert convert(str(corpus), url, other).documents == {"converted": 20, "rejected": 1}
+    (corpus / "07.txt").unlink()
+    pruned = convert(str(corpus), url, one.model_copy(update={"prune": PruneSettings(enabled=True)}))
+    assert pruned.pruned == (1, None) and any("1 pruned" in line for line in pruned.lines())
     store = Store.open(url)
+    assert [store.find_document(tenant, "docs", "07.txt") is None for tenant in ("acme", "other")] == [True, False]
+    (corpus / "07.txt").write_text("Document 7.")
+    assert convert(str(corpus), url, one).documents == {"unchanged": 19, "shared": 1, "rejected": 1}
+    store.refresh()
     vectors, shards = {}, {}
     for tenant in ("acme", "other"):
         page = store.list_documents(tenant)
@@ -288,17 +288,15 @@ def test_an_actor_that_is_stopped_goes_on_document_by_document(recipe: ConvertRe
     stopped, whole = str(tmp_path / "stopped"), str(tmp_path / "whole")
     for url in (stopped, whole):
         Store.open(url, create=True)
-    begun = _Convert(stopped, lifted)(rows)
+    begun = Converter(stopped, lifted).commits(rows)
     first = statuses(next(begun))
     begun.close()
     assert set(first.values()) <= {"converted", "shared"} and 1 <= len(vectors(stopped)) < 3
     assert len(list((tmp_path / "scratch" / "states").iterdir())) == 1
-    again: dict[str, str] = {}
-    for table in _Convert(stopped, lifted)(rows):
-        again |= statuses(table)
+    again = statuses(Converter(stopped, lifted)(rows))
     assert {name for name, status in again.items() if status == "unchanged"} == first.keys() and len(again) == 4
     assert not list((tmp_path / "scratch" / "states").iterdir())
-    [_, *_] = _Convert(whole, lifted)(rows)
+    assert len(Converter(whole, lifted)(rows)) == 4
     resumed, expected = vectors(stopped), vectors(whole)
     assert resumed.keys() == expected.keys() and len(expected) == 3
     for content_hash, vector in expected.items():

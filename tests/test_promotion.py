@@ -12,7 +12,8 @@ from core.demand import DemandCounter
 from core.documents import Document, Window
 from core.manifest import Producer
 from core.store import Store
-from pipelines.convert import CHANGED, ConvertRecipe, _Convert, load_recipe, prepare
+from pipelines.convert_recipe import ConvertRecipe, load_recipe
+from pipelines.converter import CHANGED, Converter, prepare
 from pipelines.promotion import _dataset, _read, choose
 from pipelines.world_tokenizer import build_tokenizer
 from tests import stores
@@ -114,14 +115,14 @@ def test_the_command_lifts_what_it_lists(ray_local: Any, base: Path, tmp_path: P
         row = store.find_document("default", "default", name)
         assert row is not None and store.get_text(row) == TEXT.format(name)
         assert len(store.find_adapters("default", row.content_hash)) == adapters
-    again = _Convert(store.url, load_recipe(None, "lift", str(base), None, "v4_fast", settings), in_store=True)
-    assert results(list(again(rows_of(store, "bad", "bare")))) == dict.fromkeys(("bad", "bare"), ("unchanged", None))
+    again = Converter(store.url, load_recipe(None, "lift", str(base), None, "v4_fast", settings), in_store=True)
+    assert results([again(rows_of(store, "bad", "bare"))]) == dict.fromkeys(("bad", "bare"), ("unchanged", None))
     assert _dataset([], store.url).take_all() == []
     assert store.stats().documents == 6
 
 
 def rows_of(store: Store, *names: str) -> pa.Table:
-    """What `_Convert` gets of documents that were chosen just now."""
+    """What a converter gets of documents that were chosen just now."""
     found = [store.find_document("default", "default", name) for name in names]
     chosen = [[*row.key, row.content_hash] for row in found if row is not None]
     return prepare(_read(pa.table({"documents": [chosen]}), store.url), build_tokenizer())
@@ -137,8 +138,8 @@ def test_what_changes_meanwhile_is_left_as_it_is(base: Path, tmp_path: Path) -> 
     rows = rows_of(store, *NAMES)
     store.put([Document(tenant="default", collection="default", name="bad", text="An edited text.")])
     store.delete_document("default", "default", "bare")
-    actor = _Convert(store.url, recipe(base, scratch=str(tmp_path / "scratch")), in_store=True)
-    tables = actor(rows)
+    actor = Converter(store.url, recipe(base, scratch=str(tmp_path / "scratch")), in_store=True)
+    tables = actor.commits(rows)
     first = results([next(tables)])
     assert first == {"bad": ("rejected", CHANGED), "bare": ("rejected", CHANGED)}
     store.put([Document(tenant="default", collection="default", name="good", text="Another edited text.")])

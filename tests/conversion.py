@@ -1,0 +1,81 @@
+"""A tiny base and hypernetwork on disk, and what a store must hold once a corpus is converted."""
+
+from pathlib import Path
+
+import torch
+from models import SHAPE
+from transformers import AutoModelForCausalLM, Qwen3Config
+
+from core.base_model import BaseModel, load_base
+from core.hypernetwork import Hypernetwork, HypernetworkSettings
+from core.objects import open_objects
+from core.store import Store
+from pipelines.convert_recipe import ConvertRecipe
+from pipelines.world_tokenizer import build_tokenizer
+
+
+def tiny_recipe(folder: Path) -> ConvertRecipe:
+    """A recipe for tenant acme's collection docs, of random models that are written to a folder."""
+    tokenizer = build_tokenizer()
+    torch.manual_seed(0)
+    config = Qwen3Config(**{**SHAPE, "vocab_size": len(tokenizer)}, head_dim=12, tie_word_embeddings=True)
+    base = BaseModel(AutoModelForCausalLM.from_config(config), tokenizer)
+    base.model.save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    settings = HypernetworkSettings(rank=2, meta_rank=2, num_layers=2, num_heads=4, feed_forward=32, scale=1e-2)
+    Hypernetwork(load_base(folder / "base"), settings).save(folder / "hypernetwork")
+    models = {"base": str(folder / "base"), "hypernetwork": str(folder / "hypernetwork")}
+    return ConvertRecipe(**models, tenant="acme", collection="docs")
+
+
+def numbered(folder: Path, documents: int) -> Path:
+    """A file of that many documents, all different, named 00000 and so on."""
+    path = folder / "documents.jsonl"
+    lines = (f'{{"id": "{number:05}", "text": "The crane number {number} lifts boxes."}}' for number in range(documents))
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def check_whole(url: str, documents: int) -> float:
+    """Fails unless each document of `numbered` is live with one adapter that can be read; gives the share of orphaned bytes."""
+    store = Store.open(url)
+    stats = store.stats()
+    assert (stats.documents, stats.adapters) == (documents, documents)
+    page_token, names = None, []
+    used: dict[str, int] = {}
+    while True:
+        page = store.list_documents("acme", "docs", page_token=page_token, limit=1000)
+        found = store.find_adapters_of([(row.tenant, row.content_hash) for row in page.rows])
+        adapters = [found[row.tenant, row.content_hash] for row in page.rows]
+        assert [len(each) for each in adapters] == [1] * len(page.rows)
+        rows = [*page.rows, *(each[0] for each in adapters)]
+        assert len(store.get_many(rows)) == len(rows)
+        names += [row.name for row in page.rows]
+        for row in rows:
+            used[row.shard] = used.get(row.shard, 0) + row.length
+        if (page_token := page.next_token) is None:
+            break
+    assert names == [f"{number:05}" for number in range(documents)]
+    written = {each.name: each.size for each in open_objects(url).listing("shards")}
+    return sum(size for shard, size in written.items() if shard not in used) / sum(written.values())
+
+
+def converters_below(pid: int) -> list[int]:
+    """The conversion actors among the processes that a process started, directly or not."""
+    parents = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            parents[int(process.name)] = int((process / "stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+    below = [pid]
+    for each in below:
+        below += [child for child, parent in parents.items() if parent == each]
+    found = []
+    for each in below:
+        try:
+            if "MapBatches(Converter)" in Path(f"/proc/{each}/cmdline").read_text():
+                found.append(each)
+        except OSError:
+            continue
+    return found

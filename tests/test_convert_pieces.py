@@ -1,0 +1,161 @@
+"""A conversion's parts without Ray: workers that race, names that come again, receipts as files, pruning."""
+
+import json
+import threading
+from collections import Counter
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conversion import check_whole, numbered, tiny_recipe
+from stores import document
+
+from core.objects import open_objects
+from core.store import Store
+from pipelines import sources
+from pipelines.convert_recipe import ConvertRecipe
+from pipelines.converter import Converter, prepare
+from pipelines.pruning import PruneSettings, SeenNames
+from pipelines.receipts import Receipt, Summary, receipt_of
+from pipelines.run_files import FILE_RECEIPTS, RunFiles
+from pipelines.world_tokenizer import build_tokenizer
+
+SETTINGS = PruneSettings(enabled=True, most=0.5)
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> ConvertRecipe:
+    return tiny_recipe(tmp_path_factory.mktemp("models"))
+
+
+def prepared(path: Path) -> pa.Table:
+    [rows] = sources.read(sources.open_source(str(path), "acme", "docs"))
+    return prepare(rows, build_tokenizer())
+
+
+def receipt(name: str, reason: str | None = None) -> Receipt:
+    row = {"name": name, "source_bytes": 1, "read_at": 0.0}
+    return receipt_of(row, "rejected" if reason else "converted", reason)
+
+
+def test_workers_that_race_share_what_they_make(recipe: ConvertRecipe, tmp_path: Path) -> None:
+    """The same buffer in four workers at once, as when Ray gives up on one that still runs, and once more after them."""
+    url, rows = str(tmp_path / "store"), prepared(numbered(tmp_path, 24))
+    Store.open(url, create=True)
+    converters = [Converter(url, recipe) for _ in range(4)]
+    counts: list[Counter[str]] = []
+    together = threading.Barrier(4)
+
+    def work(converter: Converter) -> None:
+        together.wait()
+        counts.append(Counter(converter(rows)["status"].to_pylist()))
+
+    threads = [threading.Thread(target=work, args=(converter,)) for converter in converters]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(counts) == 4 and sum(count["converted"] for count in counts) == 24
+    assert check_whole(url, 24) == 0
+    assert set(converters[0](rows)["status"].to_pylist()) == {"unchanged"}
+
+
+def test_equal_texts_share_an_adapter_across_workers_and_runs(recipe: ConvertRecipe, tmp_path: Path) -> None:
+    url = str(tmp_path / "store")
+    Store.open(url, create=True)
+    tables = []
+    for number in range(2):
+        (tmp_path / f"{number}.jsonl").write_text(
+            "".join(json.dumps({"id": f"{number}-{n}", "text": "Twins."}) + "\n" for n in "ab")
+        )
+        tables.append(prepared(tmp_path / f"{number}.jsonl"))
+    first, second = Converter(url, recipe), Converter(url, recipe)
+    begun = [first.commits(tables[0]), second.commits(tables[1])]
+    statuses = [next(each)["status"].to_pylist() for each in begun]
+    assert statuses == [["converted", "shared"], ["shared", "shared"]]
+    store = Store.open(url)
+    assert (store.stats().documents, store.stats().adapters) == (4, 1)
+    other = recipe.model_copy(update={"tenant": "other"})
+    [rows] = sources.read(sources.open_source(str(tmp_path / "0.jsonl"), "other", "docs"))
+    assert Converter(url, other)(prepare(rows, build_tokenizer()))["status"].to_pylist() == ["converted", "shared"]
+    assert store.refresh() and store.stats().adapters == 2
+
+
+def test_rows_that_come_again_keep_their_names() -> None:
+    def rows(*given: tuple[str, str]) -> pa.Table:
+        values = {"tenant": "t", "collection": "c", "title": "", "reason": None, "source_bytes": 1, "read_at": 0.0}
+        return pa.Table.from_pylist([values | {"name": name, "text": text} for name, text in given], sources.ROWS)
+
+    stage = sources.UniqueNames()
+    for _ in range(2):
+        assert stage(rows(("a", "x"), ("b", "y")))["reason"].to_pylist() == [None, None]
+        assert stage(rows(("c", "x"), ("a", "z")))["reason"].to_pylist() == [None, "name taken by an earlier document"]
+
+
+@pytest.mark.parametrize("where", ["file", "s3", "whole bucket"])
+def test_receipts_lie_beside_the_store(where: str, tmp_path: Path, bucket: str) -> None:
+    url = {"file": f"file://{tmp_path}/store", "s3": f"s3://{bucket}/stores/one", "whole bucket": f"s3://{bucket}"}[where]
+    store = Store.open(url, create=True)
+    files = RunFiles(store.url, {"source": "notes/"})
+    bad = [receipt("bad", "empty"), receipt("worse", "not JSON: here")]
+    files.add([receipt(f"{number}") for number in range(FILE_RECEIPTS)])
+    files.add(bad)
+    files.finish(Summary(files.url).figures())
+    objects = open_objects(files.url)
+    assert [*objects.names("receipts")] == ["000000.parquet", "000001.parquet"]
+    assert pq.read_table(pa.BufferReader(objects.read("receipts/000000.parquet"))).num_rows == FILE_RECEIPTS
+    rejects = [json.loads(line) for line in objects.read("rejects/000001.jsonl").splitlines()]
+    assert rejects == [{"name": "bad", "reason": "empty"}, {"name": "worse", "reason": "not JSON: here"}]
+    assert [*objects.names("rejects")] == ["000001.jsonl"] and [*objects.names("about")] == ["finished.json", "started.json"]
+    assert Store.open(url).stats().documents == 0
+
+
+def store_of(folder: Path, names: str) -> Store:
+    store = Store.open(folder / "store", create=True)
+    store.put(
+        [document(name, "t", "c", name) for name in names] + [document("x", "t", "other", "x"), document("x", "u", "c", "x")]
+    )
+    return store
+
+
+def names_of(store: Store) -> list[tuple[str, str, str]]:
+    store.refresh()
+    return [row.key for tenant in ("t", "u") for row in store.list_documents(tenant).rows]
+
+
+def test_only_what_has_gone_is_pruned(tmp_path: Path) -> None:
+    store, seen = store_of(tmp_path, "abcd"), SeenNames()
+    began = datetime.now(UTC)
+    store.put([document("new", "t", "c", "new")])
+    seen.add([receipt("a"), receipt("b", "empty"), receipt("e")])
+    assert seen.prune(store, "t", "c", began, SETTINGS) == (2, None)
+    assert [key[2] for key in names_of(store) if key[:2] == ("t", "c")] == ["a", "b", "new"]
+    assert {key[:2] for key in names_of(store)} == {("t", "c"), ("t", "other"), ("u", "c")}
+    assert seen.prune(store, "t", "c", began, SETTINGS) == (0, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("folder", "cannot be read: Permission denied"),
+        ("rows.jsonl.gz", "malformed"),
+        ("rows.jsonl#7", "not JSON: here"),
+        ("list.txt#3", "not a URL: give scheme://..."),
+    ],
+)
+def test_nothing_is_pruned_where_documents_may_hide(name: str, reason: str, tmp_path: Path) -> None:
+    store, seen = store_of(tmp_path, "ab"), SeenNames()
+    seen.add([receipt("a"), receipt(name, reason)])
+    pruned = seen.prune(store, "t", "c", datetime.now(UTC), SETTINGS)
+    assert pruned.documents == 0 and name in str(pruned.reason) and len(names_of(store)) == 4
+
+
+def test_a_source_that_lacks_too_much_prunes_nothing(tmp_path: Path) -> None:
+    store, seen = store_of(tmp_path, "abcd"), SeenNames()
+    seen.add([receipt("a")])
+    assert "3 of 4 documents would go" in str(seen.prune(store, "t", "c", datetime.now(UTC), SETTINGS).reason)
+    assert len(names_of(store)) == 6
+    everything = PruneSettings(enabled=True, most=1)
+    assert seen.prune(store, "t", "c", datetime.now(UTC), everything) == (3, None)
