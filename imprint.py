@@ -4,19 +4,21 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+
+from pipelines.store_commands import store_app
+from pipelines.terminal import console, say, told
 
 app = typer.Typer(
     no_args_is_help=True, pretty_exceptions_show_locals=False, rich_markup_mode="markdown", help="Documents to LoRA adapters."
 )
-console = Console()
+app.add_typer(store_app, name="store")
 RECIPE_FILES = Path(__file__).parent / "pipelines" / "recipes"
 REFERENCE = Path(__file__).parent / "assets" / "reference"
 LONG_DOCUMENT_PARTS = 14
@@ -28,12 +30,10 @@ BaseOption = Annotated[str, typer.Option(help="Model directory or Hugging Face n
 HypernetworkOption = Annotated[
     str, typer.Option(help="Directory of a trained or imported hypernetwork.", show_default="the reference hypernetwork")
 ]
-
-
 PresetOption = Annotated[
     str | None, typer.Option(help="LIFT's settings by name: v1, v3, v4, v4_fast or finetune_raw.", show_default="v4")
 ]
-SourceArgument = Annotated[str, typer.Argument(help="A folder or file of text, Markdown, JSONL or Parquet.")]
+SourceArgument = Annotated[str, typer.Argument(help="Text, Markdown, HTML, PDF, JSONL, Parquet: file, folder, pattern, @list.")]
 StoreArgument = Annotated[str, typer.Argument(help="The store; made where there is none.")]
 
 
@@ -48,7 +48,8 @@ class Method(StrEnum):
     lift = "lift"
 
 
-class PlannedMethod(StrEnum):
+class Planned(StrEnum):
+    convert = "convert"
     lift = "lift"
 
 
@@ -62,16 +63,6 @@ class Mode(StrEnum):
     adapter = "adapter"
     in_context = "in_context"
     adapter_in_context = "adapter_in_context"
-
-
-@contextmanager
-def told() -> Iterator[None]:
-    """Turns what a user can mend into one line; everything else keeps its traceback."""
-    try:
-        yield
-    except ValueError as error:
-        console.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
-        raise typer.Exit(2) from None
 
 
 @contextmanager
@@ -112,11 +103,6 @@ def interruptible() -> Iterator[None]:
             yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def say(lines: Iterable[str]) -> None:
-    for line in lines:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -183,19 +169,27 @@ def convert(
     preset: PresetOption = None,
     recipe: Annotated[Path | None, typer.Option(help="TOML recipe.")] = None,
     changes: Overrides = None,
+    plan: Annotated[Path | None, typer.Option(help="What `imprint plan convert --out` kept: shown beside what it took.")] = None,
+    prune: Annotated[bool, typer.Option("--prune", help="Delete what the source no longer has from its collection.")] = False,
 ) -> None:
     """Turns a corpus into adapters in a store; a rerun converts only what is missing.
 
     Example: `imprint convert notes/ runs/store --set collection=notes`
     """
     from pipelines.convert import convert as run_conversion
-    from pipelines.convert import load_recipe
+    from pipelines.convert_recipe import load_recipe
+    from pipelines.plan_tables import taken_table
+    from pipelines.planning import read_plan, took
 
     if hypernetwork is None and recipe is None and method != Method.lift:
         hypernetwork = str(REFERENCE / "hypernetwork")
     with told(), ray_session():
-        resolved = load_recipe(recipe, method, base, hypernetwork, preset, changes or ())
-        say(run_conversion(source, store, resolved, progress=console).lines())
+        resolved = load_recipe(recipe, method, base, hypernetwork, preset, [*(changes or ()), *["prune.enabled=true"] * prune])
+        planned = None if plan is None else read_plan(plan)
+        summary = run_conversion(source, store, resolved, progress=console)
+        say(summary.lines())
+        if planned is not None and summary.adapters:
+            console.print(taken_table(planned, took(planned, summary, resolved.run)))
 
 
 @app.command()
@@ -224,7 +218,7 @@ def lift(
 
     Example: `imprint lift runs/store --select 'quality < 0.8 or demand > 100'`
     """
-    from pipelines.convert import load_recipe
+    from pipelines.convert_recipe import load_recipe
     from pipelines.promotion import choose, promote
 
     if store is not None and select is None and not dry_run:
@@ -380,25 +374,33 @@ def compare(
 
 @app.command()
 def plan(
-    method: Annotated[PlannedMethod, typer.Argument(help="What to plan.")],
+    method: Annotated[Planned, typer.Argument(help="What to plan.")],
     source: SourceArgument,
     base: BaseOption = str(REFERENCE / "base"),
-    recipe: Annotated[Path | None, typer.Option(help="TOML recipe: lift, endpoint, rules, prices, assumptions.")] = None,
+    hypernetwork: Annotated[str | None, typer.Option(help="convert: its directory, or `--set shape.rank=8` and such.")] = None,
+    gpus: Annotated[int | None, typer.Option(help="GPUs that work at once.", show_default="1")] = None,
+    documents_per_s: Annotated[str | None, typer.Option(help="convert: measured on one GPU, or a JSON file of it.")] = None,
+    prices: Annotated[Path | None, typer.Option(help="TOML table of prices.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="TOML recipe of the method, with prices and assumptions.")] = None,
+    out: Annotated[Path | None, typer.Option(help="convert: keeps the plan as JSON, for `imprint convert --plan`.")] = None,
     changes: Overrides = None,
 ) -> None:
-    """Says what a corpus would cost before it is lifted: questions, generator tokens, GPU hours, seconds to the first answer.
+    """Says what a corpus would take before it is converted or lifted: adapters, bytes, GPU hours, money, when it pays off.
+
+    Example: `imprint plan convert notes/ --gpus 8 --set encoding=int8`
 
     Example: `imprint plan lift notes/ --base Qwen/Qwen3-0.6B`
     """
-    from core.base_model import load_base
-    from core.config import load
-    from core.planning import PlanSettings, lines
-    from pipelines.lift_comparison import plan as run_plan
+    from pipelines.plan_tables import plan_tables
+    from pipelines.planning import load_plan_recipe, plan_conversion, plan_lifting
 
     with told():
-        planned = run_plan(source, load_base(base), load(PlanSettings, recipe, changes or ()))
-    for line in lines(planned):
-        console.print(line, highlight=False, markup=False)
+        given = (recipe, prices, gpus, changes or ())
+        if method == Planned.lift:
+            say(plan_lifting(source, base, *given))
+            return
+        planned = plan_conversion(source, load_plan_recipe(base, hypernetwork, documents_per_s, *given), out)
+    console.print(plan_tables(planned, source))
 
 
 @app.command("import-shine")

@@ -19,7 +19,10 @@ from core.store import Store
 from tests.test_shine_parity import GOLDEN, golden_base, golden_settings
 
 ROOT = Path(imprint.__file__).parent
-COMMANDS = ("world", "train", "convert", "lift", "serve", "ask", "evaluate", "compare", "plan", "import-shine", "export", "demo")
+COMMANDS = (
+    *("world", "train", "convert", "lift", "serve", "ask", "evaluate", "compare", "plan"),
+    *("import-shine", "export", "store", "demo"),
+)
 
 
 def run(*arguments: str) -> str:
@@ -88,7 +91,7 @@ def test_readme_names_commands_and_options_that_exist():
     commands = readme_commands()
     assert {command[1] for command in commands} == set(COMMANDS) - {"demo"}
     for _, command, *arguments in commands:
-        shown = run(command, "--help")
+        shown = run(command, *(arguments[:1] if command == "store" else ()), "--help")
         assert all(argument in shown for argument in arguments if argument.startswith("--")), (command, arguments)
 
 
@@ -99,11 +102,11 @@ def test_readme_path_from_world_to_peft(said_by_ray, tmp_path, monkeypatch):
     for _, command, *arguments in readme_commands():
         if command == "world" and "test" in arguments:
             arguments[arguments.index("--count") + 1] = "3"
-        elif command not in ("convert", "export"):
+        elif command not in ("convert", "export", "store"):
             continue
         ran.append(command)
         run(command, *arguments)
-    assert ran == ["world", "convert", "export"]
+    assert ran == ["world", "convert", *["store"] * 9, "export"]
     assert said_by_ray == []
     rows = [json.loads(line) for line in Path("runs/world/test-1/documents.jsonl").read_text().splitlines()]
     base = load_base(imprint.REFERENCE / "base")
