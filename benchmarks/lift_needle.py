@@ -74,7 +74,7 @@ def _wordings(name: str, draw: random.Random) -> list[tuple[str, str]]:
 
 
 def recipe(pairs: int) -> LiftSettings:
-    """LIFT's settings with epochs enough for a document of so many pairs, and a rate that falls to zero: every fact counts here."""
+    """LIFT's settings with epochs enough for a document of so many pairs, and a rate that falls to zero: every fact counts."""
     per_step = LIFT.curriculum.examples_per_step or pairs
     lift = settings((max(5, -(-STEPS_AT_LEAST * per_step // pairs)), ("questions",)))
     return lift.model_copy(update={"optimiser": lift.optimiser.model_copy(update={"decay": "linear"})})

@@ -34,8 +34,8 @@ def numbers() -> str:
         scores = {name: lift["scores"][name]["all"]["exact_match"]["mean"] for name in ("lift", "oracle", "in_context")}
         lines.append(
             f"- **{scores['lift']:.1%}** exact match by LIFT on {len(lift['exact_match_by_document']['lift'])} unseen documents "
-            f"longer than the base's window, {scores['oracle']:.1%} with the needed passage in context, {scores['in_context']:.1%} with "
-            "as much of the document as fits"
+            f"longer than the base's window, {scores['oracle']:.1%} with the needed passage in context, "
+            f"{scores['in_context']:.1%} with as much of the document as fits"
         )
     return "\n".join(["", *lines, "", ""]) if lines else ""
 

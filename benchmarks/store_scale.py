@@ -210,9 +210,10 @@ def measure(url: str, documents: int, cache_bytes: int, results: Any) -> None:
     seen = pc.sum(pc.is_in(contents["documents"], value_set=contents["adapters"])).as_py()
     figures["resume_s"] = ms_since(start) / 1000
     start, edited = time.perf_counter(), 0
-    for batch in batches(documents, 1000):
-        rows = store.list_documents(TENANT, COLLECTION, limit=1000, page_token=token(batch[0] - 1) if batch[0] else None).rows
-        edited += sum(row.content_hash != content_of(number) for row, number in zip(rows, batch, strict=True))
+    for numbers in batches(documents, 1000):
+        after = token(numbers[0] - 1) if numbers[0] else None
+        rows = store.list_documents(TENANT, COLLECTION, limit=1000, page_token=after).rows
+        edited += sum(row.content_hash != content_of(number) for row, number in zip(rows, numbers, strict=True))
     figures["diff_s"] = ms_since(start) / 1000
     if (listed, scanned, seen, edited) != (documents, documents, documents, 0):
         raise SystemExit(f"of {documents} documents {listed} were listed, {scanned} scanned, {seen} resumed, {edited} differ")

@@ -47,6 +47,13 @@ LISTING_ROWS, PAGE_OBJECTS = 4096, 1000
 _WILDCARD = re.compile(r"[*?\[]")
 
 
+def absolute(url: str) -> str:
+    """The same files from any working directory."""
+    if url.startswith(LISTING):
+        return LISTING + absolute(url.removeprefix(LISTING))
+    return os.path.abspath(str(filesystem(url)._strip_protocol(url))) if is_local(url) else url
+
+
 def list_files(url: str) -> Iterator[File]:
     """The files that a URL stands for. Raises `ValueError` where there is nothing, and `OSError` where that cannot be told."""
     if url.startswith(LISTING):

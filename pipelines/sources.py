@@ -23,7 +23,7 @@ import ray
 from core.documents import nfc
 from core.parsing import Parser
 from pipelines.files import UNKNOWN_SIZE, File, printable
-from pipelines.listing import list_files
+from pipelines.listing import absolute, list_files
 from pipelines.records import BATCH_BYTES, BATCH_ROWS, FORMATS, Reading, read_files, runs
 
 ROWS = pa.schema(
@@ -68,7 +68,7 @@ def open_source(url: str, tenant: str, collection: str, reading: Reading | None 
         raise ValueError(f"no files under {url}: give files of {' '.join(FORMATS)}")
     known = len(first) <= COUNTED_FILES and all(file.size_bytes != UNKNOWN_SIZE for file in first)
     size_bytes = sum(file.size_bytes for file in first) if known else None
-    return Source(url, tenant, collection, reading or Reading(), size_bytes)
+    return Source(absolute(url), tenant, collection, reading or Reading(), size_bytes)
 
 
 def dataset(source: Source) -> "ray.data.Dataset":
