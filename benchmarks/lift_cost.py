@@ -2,7 +2,7 @@
 
 The shipped base with its window opened (positions are rotary; what it would say there does not matter here), random words as
 text, one question a sentence and one epoch (LIFT v4's fast setting). Every measurement runs in a process of its own, whose peak
-memory is counted above that of the loaded base. Measured for each length L:
+memory is counted above that of the loaded base; figures are medians over `--repeats`. Measured for each length L:
 
     in context   seconds to the first token (reading L tokens), seconds a further token, peak memory, cache
     LIFT         seconds to the first token (training on L / 12 questions, reading the question), seconds a further token, memory
@@ -18,6 +18,7 @@ import argparse
 import json
 import random
 import resource
+import statistics
 import subprocess
 import sys
 import time
@@ -39,7 +40,7 @@ from core.prompts import encode, prompt
 from pipelines.plots import Curves, curves
 from pipelines.reference import REFERENCE
 
-LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
+LENGTHS = (512, 2048, 8192, 16384, 32768)
 SENTENCE_TOKENS, QUESTION_WORDS, DECODED, ANSWER_TOKENS = 12, 8, 32, 32
 RANK, EXAMPLES_PER_STEP = 32, 16
 PREFILL_TOKENS = 1024
@@ -101,6 +102,14 @@ def measure(method: str, length: int) -> dict[str, float]:
     }
 
 
+def measured_alone(method: str, length: int, threads: int) -> dict[str, float]:
+    """`measure` in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.lift_cost", "--threads", str(threads), "--one", method, str(length)]
+    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return figures
+
+
 def crossings(in_context: Mapping[str, float], lift: Mapping[str, float]) -> dict[str, float | None]:
     """Output tokens of one conversation, and questions of fresh contexts, from which on LIFT takes less time; None for never."""
     late = lift["first_token_s"] - in_context["first_token_s"]
@@ -117,6 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="two short lengths: does it run?")
     parser.add_argument("--one", nargs=2, metavar=("METHOD", "LENGTH"), help="one measurement, as JSON on the output")
     parser.add_argument("--output", type=Path, default=RESULTS, help="a folder")
@@ -129,9 +139,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     found: dict[str, dict[int, dict[str, float]]] = {"in_context": {}, "lift": {}}
     for length in (128, 256) if options.quick else options.lengths:
         for method, by_length in found.items():
-            command = [sys.executable, "-m", "benchmarks.lift_cost", "--threads", str(options.threads)]
-            done = subprocess.run([*command, "--one", method, str(length)], cwd=ROOT, check=True, capture_output=True, text=True)
-            by_length[length] = json.loads(done.stdout.splitlines()[-1])
+            runs = [measured_alone(method, length, options.threads) for _ in range(1 if options.quick else options.repeats)]
+            by_length[length] = {figure: statistics.median(run[figure] for run in runs) for figure in runs[0]}
+            print(f"{length} tokens, {method}: {by_length[length]['first_token_s']:.2f} s to the first token", flush=True)
     lengths = list(found["lift"])
     crossed = {length: crossings(found["in_context"][length], found["lift"][length]) for length in lengths}
     options.output.mkdir(parents=True, exist_ok=True)
@@ -142,7 +152,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "first_length_with_lift_first": next(
             (n for n in lengths if found["lift"][n]["first_token_s"] <= found["in_context"][n]["first_token_s"]), None
         ),
-        "settings": {"threads": options.threads, "rank": RANK, "examples_per_step": EXAMPLES_PER_STEP, "epochs": 1},
+        "settings": {
+            "threads": options.threads,
+            "repeats": options.repeats,
+            "rank": RANK,
+            "examples_per_step": EXAMPLES_PER_STEP,
+            "epochs": 1,
+        },
         "quick": options.quick,
     }
     print(write_result("lift_cost", result, folder=options.output).read_text())
