@@ -55,6 +55,17 @@ class WindowRule(Section):
     composition: Composition = "mean"
     max_windows: PositiveInt = 64
 
+    def longest(self, positions: int, memory_tokens: int, trained_tokens: int | None) -> int:
+        """Tokens of the longest window on such a base. Raises `ValueError` where that or the overlap is too long."""
+        room = positions - memory_tokens
+        longest = self.max_tokens or min(room, trained_tokens or Limits().context_tokens)
+        if not self.overlap < longest <= room:
+            raise ValueError(
+                f"windows of {longest} tokens with an overlap of {self.overlap} do not fit: the base has {positions} positions, "
+                f"{memory_tokens} of them for memory, which leaves {room}; the overlap must be below the window"
+            )
+        return longest
+
     def covers(self, tokens: Tokens, max_tokens: int) -> list[Window]:
         """The windows, of at most `max_tokens`, in which a document is read."""
         if self.borders == "token":
@@ -170,13 +181,7 @@ class HypernetworkWriter(AdapterWriter):
             )
         self.tokenizer = base.tokenizer
         self._memory_tokens = len(hypernetwork.memory_MH)
-        room = base.max_length - self._memory_tokens
-        max_tokens = rule.max_tokens or min(room, hypernetwork.trained_tokens or Limits().context_tokens)
-        if not rule.overlap < max_tokens <= room:
-            raise ValueError(
-                f"windows of {max_tokens} tokens with an overlap of {rule.overlap} do not fit: the base has {base.max_length} "
-                f"positions, {self._memory_tokens} of them for memory, which leaves {room}; the overlap must be below the window"
-            )
+        max_tokens = rule.longest(base.max_length, self._memory_tokens, hypernetwork.trained_tokens)
         self._hypernetwork = hypernetwork.eval()
         self.rule = rule.model_copy(update={"max_tokens": max_tokens})
         self._max_tokens = max_tokens

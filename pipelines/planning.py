@@ -13,13 +13,12 @@ default reading and tokenising 1,000 documents: seconds.
 
 import json
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, cast
+from typing import Annotated, Any, NamedTuple
 
-import fsspec
 from pydantic import Field, PositiveInt, ValidationError, model_validator
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -32,14 +31,13 @@ from core.documents import Document
 from core.hypernetwork import HypernetworkSettings
 from core.parsing import Parser
 from core.planning import PlanSettings, lines
-from core.prompts import Limits
 from core.tokens import read
 from pipelines.convert_recipe import ConvertRecipe, ConvertRun
-from pipelines.files import UNKNOWN_SIZE, File, fetch, filesystem, is_local, os_errors, suffixes
+from pipelines.files import UNKNOWN_SIZE, File, filesystem, os_errors, suffixes
 from pipelines.lift_comparison import plan as plan_lift
 from pipelines.listing import list_files
 from pipelines.receipts import Summary
-from pipelines.records import FORMATS, Read, Reading, is_whole, read_file
+from pipelines.records import FORMATS, Reading, is_whole, read_files
 from pipelines.reference import REFERENCE
 
 KINDS, ROW_FILES, FETCHED_FILES = 64, 32, 8
@@ -141,13 +139,8 @@ def plan_conversion(source: str, recipe: PlanRecipe, out: Path | None = None) ->
     Raises `ValueError` for a source, base or hypernetwork that is not there, and where nothing can be converted.
     """
     base, (settings, trained_tokens) = skeleton(recipe.base), _hypernetwork(recipe)
-    rule, room = recipe.windows, base.max_length - memory_tokens(base, settings)
-    max_tokens = rule.max_tokens or min(room, trained_tokens or Limits().context_tokens)
-    if not rule.overlap < max_tokens <= room:
-        raise ValueError(
-            f"windows of {max_tokens} tokens with an overlap of {rule.overlap} do not fit: beside the hypernetwork's memory the "
-            f"base has room for {room}; the overlap must be below the window"
-        )
+    rule = recipe.windows
+    max_tokens = rule.longest(base.max_length, memory_tokens(base, settings), trained_tokens)
     volume = sample(source, recipe, _Cut(_load_tokenizer(recipe.base), rule, max_tokens))
     packing = Packing(**{name: getattr(recipe.run, name) for name in Packing.model_fields})
     plan = plan_convert(volume, base, settings, recipe.encoding, packing, recipe.prices, recipe.assumptions)
@@ -288,20 +281,21 @@ def _estimate(kind: _Kind, cut: _Cut, parser: Parser, reading: Reading, most: in
     """
     drawn = [_sized(file) for file in kind.drawn]
     one_each = not any(map(_has_rows, drawn))
-    read_files, read_bytes, volume = 0, 0, Volume()
-    for number, reads in enumerate(_reads(drawn, parser, reading)):
+    files_read, read_bytes, volume = 0, 0, Volume()
+    few = (drawn[start : start + FETCHED_FILES] for start in range(0, len(drawn), FETCHED_FILES))
+    for number, reads in enumerate(chain.from_iterable(read_files(files, parser, reading) for files in few)):
         last = volume.sampled + -(-(most - volume.sampled) // (len(drawn) - number))
         for found in reads:
             if volume.sampled and found.source_bytes and (volume.sampled >= last or read_bytes >= most_bytes):
                 break
             read_bytes += found.source_bytes
             volume += cut.volume(found.text or "", found.title) if found.reason is None else Volume(sampled=1, rejected=1)
-        read_files += 1
+        files_read += 1
         if volume.sampled >= most or read_bytes >= most_bytes:
             break
     mean_bytes = sum(file.size_bytes for file in drawn) / len(drawn)
     source_bytes = kind.bytes + round((kind.files - kind.sized) * mean_bytes)
-    by_files = kind.files / read_files
+    by_files = kind.files / files_read
     by_bytes = source_bytes / read_bytes if read_bytes else by_files
     estimate = volume.scaled(by_bytes).model_copy(update={"files": kind.files, "source_bytes": source_bytes})
     if one_each:
@@ -323,17 +317,3 @@ def _sized(file: File) -> File:
             return file._replace(size_bytes=int(filesystem(file.url).size(file.url) or 0))
     except OSError:
         return file._replace(size_bytes=0)
-
-
-def _reads(files: Sequence[File], parser: Parser, reading: Reading) -> Iterator[Iterator[Read]]:
-    """What each file holds, in turn; whole files that lie elsewhere are fetched some at a time."""
-    for start in range(0, len(files), FETCHED_FILES):
-        for (_, together), group in groupby(files[start : start + FETCHED_FILES], key=_fetched_with):
-            piece = list(group)
-            data = fetch(piece, reading.max_document_bytes) if together else [None] * len(piece)
-            for file, fetched in zip(piece, data, strict=True):
-                yield read_file(file, parser, reading, fetched)
-
-
-def _fetched_with(file: File) -> tuple[str | None, bool]:
-    return cast(str | None, fsspec.core.split_protocol(file.url)[0]), is_whole(file) and not is_local(file.url)

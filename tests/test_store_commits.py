@@ -104,11 +104,24 @@ def test_a_lost_race_leaves_no_parts_and_writes_no_part_twice(tmp_path: Path) ->
     assert {file.name for file in tmp_path.glob("manifest/*")} == parts_in_use(store)
 
 
+def commit_behind_the_first(store: Store, objects: HookedObjects, threads: list[threading.Thread]) -> None:
+    """Runs the threads, each of which puts: the first is held in its commit until all the others wait for theirs."""
+    entered, go_on = threading.Event(), threading.Event()
+    objects.before = once(lambda: (entered.set(), go_on.wait(30)))
+    threads[0].start()
+    assert entered.wait(30)
+    for thread in threads[1:]:
+        thread.start()
+    while len(store._commits._waiting) < len(threads):
+        threads[1].join(0.01)
+    go_on.set()
+    for thread in threads:
+        thread.join()
+
+
 def test_puts_of_several_threads_become_one_version(tmp_path: Path) -> None:
     store_with_one(tmp_path)
     store, objects = opened(tmp_path)
-    entered, go_on = threading.Event(), threading.Event()
-    objects.before = once(lambda: (entered.set(), go_on.wait(30)))
     results = {}
 
     def put(number: int) -> None:
@@ -116,15 +129,7 @@ def test_puts_of_several_threads_become_one_version(tmp_path: Path) -> None:
         results[number] = store.put([one, shared], [adapter(one, number), adapter(shared, number)])
 
     threads = [threading.Thread(target=put, args=(number,)) for number in range(8)]
-    threads[0].start()
-    assert entered.wait(30)
-    for thread in threads[1:]:
-        thread.start()
-    while len(store._commits._waiting) < 8:
-        threads[1].join(0.01)
-    go_on.set()
-    for thread in threads:
-        thread.join()
+    commit_behind_the_first(store, objects, threads)
     assert sorted(result.sequence for result in results.values()) == [3] + [4] * 7
     assert sum(result.new_documents for result in results.values()) == 9 == sum(each.new_adapters for each in results.values())
     assert len({result.adapters[1] for result in results.values()}) == 1
@@ -139,18 +144,8 @@ def test_puts_of_several_threads_become_one_version(tmp_path: Path) -> None:
 def test_two_contents_of_one_name_become_two_versions(tmp_path: Path) -> None:
     store_with_one(tmp_path)
     store, objects = opened(tmp_path)
-    entered, go_on = threading.Event(), threading.Event()
-    objects.before = once(lambda: (entered.set(), go_on.wait(30)))
     threads = [threading.Thread(target=store.put, args=([document(f"{number}", name="same")],)) for number in range(4)]
-    threads[0].start()
-    assert entered.wait(30)
-    for thread in threads[1:]:
-        thread.start()
-    while len(store._commits._waiting) < 4:
-        threads[1].join(0.01)
-    go_on.set()
-    for thread in threads:
-        thread.join()
+    commit_behind_the_first(store, objects, threads)
     assert store.sequence == 6 and store.stats() == store.stats("tenant")
     assert store.stats().documents == 2 and Store.open(tmp_path).find_document("tenant", "c", "same") is not None
 
