@@ -43,8 +43,7 @@ class WindowRule(Section):
     where that is not known, and no more than the base has positions for. borders: `sentence` ends windows at paragraphs and
     sentences (`core.documents.windows_at_borders`), `token` cuts evenly. overlap: tokens that neighbours share, at most where
     windows end at sentences. long_documents: `compose` gives one adapter, `windows` one a window. composition: the
-    mean of the windows' deltas or their sum; a hypernetwork that was trained on single windows answers far better under the
-    mean (the shipped one, exact match with 2 and 4 windows: 0.82 and 0.42, under the sum 0.57 and 0.01). A document of more than
+    mean of the windows' deltas or their sum; None takes what the hypernetwork was trained for. A document of more than
     `max_windows` is rejected.
     """
 
@@ -52,7 +51,7 @@ class WindowRule(Section):
     borders: Literal["sentence", "token"] = "sentence"
     overlap: Annotated[int, Field(ge=0)] = 0
     long_documents: Literal["compose", "windows"] = "compose"
-    composition: Composition = "mean"
+    composition: Composition | None = None
     max_windows: PositiveInt = 64
 
     def longest(self, positions: int, memory_tokens: int, trained_tokens: int | None) -> int:
@@ -183,7 +182,8 @@ class HypernetworkWriter(AdapterWriter):
         self._memory_tokens = len(hypernetwork.memory_MH)
         max_tokens = rule.longest(base.max_length, self._memory_tokens, hypernetwork.trained_tokens)
         self._hypernetwork = hypernetwork.eval()
-        self.rule = rule.model_copy(update={"max_tokens": max_tokens})
+        self.composition: Composition = rule.composition or hypernetwork.settings.composition
+        self.rule = rule.model_copy(update={"max_tokens": max_tokens, "composition": self.composition})
         self._max_tokens = max_tokens
         self._batches = FittingBatches(max_rows, max_padded_tokens)
         self._gate = QualityGate(base, gate, max_rows, max_padded_tokens) if gate.share else None
@@ -268,7 +268,7 @@ class HypernetworkWriter(AdapterWriter):
         error, composes = 0.0, self._composes(covers)
         if composes:
             whole = LoraWeights(self.spec, torch.stack([parts[window] for window in covers]))
-            weights, error = composed(whole, self.rule.composition, self.spec.rank)
+            weights, error = composed(whole, self.composition, self.spec.rank)
             if _fault(delta_norms(weights).item()):
                 return Rejected("the composed adapter is zero or not finite")
             covers = [Window(0, length)]

@@ -2,7 +2,8 @@
 
 In: texts, questions with answers, a tokenizer, an explicit `random.Random` where something is drawn. Out: `Example`s (a context
 for the hypernetwork, a conversation for the base) and `Batch`es of them. The tasks are SHINE's: reconstruction, completion,
-packed groups of both (paper, section 4; spec of the released collators), and questions on a document.
+packed groups of both (paper, section 4; spec of the released collators), and questions on a document, one that is read in several
+windows included.
 
 Contexts are padded on the left, so that memory embeddings follow the last token; conversations on the right. The released
 collators pad both on the left: the same under an attention mask, up to positions.
@@ -12,7 +13,8 @@ Knows nothing of models, files and workers. Making an example costs its tokenisa
 
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate, chain
 from typing import Annotated, NamedTuple, Protocol
 
 import torch
@@ -21,7 +23,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from core.config import Section
+from core.documents import windows_at_borders
 from core.prompts import IGNORED, Instructions, Limits, Turn, cut_text, encode_context, in_context, render
+from core.tokens import read
 
 
 class QuestionAnswer(NamedTuple):
@@ -48,14 +52,27 @@ def question_answers(asked: Iterable[Asked]) -> list[QuestionAnswer]:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A context (empty: no adapter) and a conversation; labels are the ids where supervised, else -100."""
+    """A context (empty: no adapter) and a conversation; labels are the ids where supervised, else -100.
+
+    window_sizes: tokens of each window of a context that is read in several; none for one that is read whole.
+    """
 
     context_ids: tuple[int, ...]
     ids: tuple[int, ...]
     labels: tuple[int, ...]
+    window_sizes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         assert len(self.ids) == len(self.labels), f"{len(self.ids)} ids but {len(self.labels)} labels"
+        assert sum(self.window_sizes) in (0, len(self.context_ids)), f"{self.window_sizes} is not {len(self.context_ids)} tokens"
+
+    @property
+    def windows(self) -> list[tuple[int, ...]]:
+        """The context's ids, window by window."""
+        if not self.window_sizes:
+            return [self.context_ids]
+        ends = list(accumulate(self.window_sizes))
+        return [self.context_ids[end - size : end] for end, size in zip(ends, self.window_sizes, strict=True)]
 
     @property
     def tokens(self) -> int:
@@ -65,9 +82,10 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Padded examples. B counts contexts in `context_*`, conversations elsewhere; masks are 1 on tokens, 0 on padding.
+    """Padded examples. B counts windows of contexts in `context_*`, conversations elsewhere; masks are 1 on tokens, 0 on padding.
 
-    `index_B` gives the context of each conversation, -1 for none.
+    `index_B` gives the context of each conversation, -1 for none. `windows` counts the windows of each context, neighbours in
+    `context_*`: 1 for one that is read whole.
     """
 
     context_ids_BT: Tensor
@@ -76,11 +94,12 @@ class Batch:
     mask_BT: Tensor
     labels_BT: Tensor
     index_B: Tensor
+    windows: tuple[int, ...]
 
     @property
     def documents(self) -> int:
-        """Contexts, hence adapters to generate."""
-        return self.context_ids_BT.shape[0]
+        """Contexts, hence adapters that conversations run under."""
+        return len(self.windows)
 
     @property
     def tokens(self) -> int:
@@ -89,7 +108,8 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on a device."""
-        return Batch(**{name: getattr(self, name).to(device, non_blocking=True) for name in self.__dataclass_fields__})
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return Batch(**{n: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for n, v in values.items()})
 
 
 class Pretraining(Section):
@@ -190,6 +210,24 @@ def multi_turn_example(
     return _example(tokenizer, encode_context(tokenizer, document_text, limits), [Turn(*qa) for qa in qas], limits)
 
 
+def composed_example(
+    tokenizer: PreTrainedTokenizerBase,
+    document_text: str,
+    qas: Sequence[QuestionAnswer],
+    window_tokens: int,
+    limits: Limits = DEFAULT_LIMITS,
+) -> Example:
+    """Questions, as turns of one conversation, on a document that is read in windows of at most `window_tokens`.
+
+    Windows end as a conversion's do (`core.documents.windows_at_borders`). `limits.context_tokens` does not bind: it is for one
+    window. What Doc-to-LoRA (arXiv 2602.15902) trains composition on; SHINE has single windows alone.
+    """
+    tokens = read(tokenizer, document_text)
+    covers = windows_at_borders(len(tokens.ids), window_tokens, 0, tokens.sentences, tokens.paragraphs)
+    whole = _example(tokenizer, tokens.ids, [Turn(*qa) for qa in qas], limits)
+    return replace(whole, window_sizes=tuple(window.end - window.start for window in covers))
+
+
 def in_context_example(
     tokenizer: PreTrainedTokenizerBase, document_text: str, qas: Sequence[QuestionAnswer], limits: Limits = DEFAULT_LIMITS
 ) -> Example:
@@ -212,15 +250,17 @@ def _example(tokenizer: PreTrainedTokenizerBase, context_ids: Sequence[int], tur
 
 
 def collate(examples: Sequence[Example], pad_id: int, pad_to_multiple: int = 1) -> Batch:
-    """Pads examples to a batch, lengths rounded up to a multiple; equal contexts become one row, in order of appearance."""
+    """Pads examples to a batch, lengths rounded up to a multiple; equal contexts are there once, in order of appearance."""
     if not examples:
         raise ValueError("a batch needs at least one example")
-    rows: dict[tuple[int, ...], int] = {}
-    index = [rows.setdefault(tuple(example.context_ids), len(rows)) if example.context_ids else -1 for example in examples]
-    context_ids_BT, context_mask_BT = _pad(list(rows), pad_id, pad_to_multiple, left=True)
+    contexts: dict[tuple[tuple[int, ...], ...], int] = {}
+    index = [contexts.setdefault(tuple(each.windows), len(contexts)) if each.context_ids else -1 for each in examples]
+    rows = list(chain.from_iterable(contexts))
+    context_ids_BT, context_mask_BT = _pad(rows, pad_id, pad_to_multiple, left=True)
     ids_BT, mask_BT = _pad([example.ids for example in examples], pad_id, pad_to_multiple)
     labels_BT, _ = _pad([example.labels for example in examples], IGNORED, pad_to_multiple)
-    return Batch(context_ids_BT, context_mask_BT, ids_BT, mask_BT, labels_BT, torch.tensor(index))
+    windows = tuple(map(len, contexts))
+    return Batch(context_ids_BT, context_mask_BT, ids_BT, mask_BT, labels_BT, torch.tensor(index), windows)
 
 
 def _pad(rows: Sequence[Sequence[int]], value: int, multiple: int, *, left: bool = False) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,7 @@ from core.adapter import SITES, AdapterSpec
 from core.base_model import BaseModel, hash_tensors
 from core.config import Section, digest, faults
 from core.foreign_formats import read_shine_release
-from core.lora import LoraWeights, attach, compose
+from core.lora import Composition, LoraWeights, attach, compose
 
 Positive = Annotated[int, Field(ge=1)]
 
@@ -34,6 +34,8 @@ class HypernetworkSettings(Section):
 
     initial_delta: None multiplies the output by sqrt(scale), so the first delta's size depends on `scale` and on the base's
     shape. A number d instead starts every linear with ||x A B|| of about d ||x W^T||, whatever the base.
+
+    composition: how the adapters of a document's windows become one, in training and where nothing else is asked for.
     """
 
     rank: Positive = 8
@@ -46,6 +48,7 @@ class HypernetworkSettings(Section):
     input_norm: Literal["none", "rms", "layer"] = "none"
     initial_delta: Annotated[float, Field(gt=0)] | None = None
     generated_bias: bool = False
+    composition: Composition = "mean"
     sites: Annotated[tuple[str, ...], Field(min_length=1)] = SITES
 
 
@@ -186,9 +189,10 @@ class Hypernetwork(nn.Module):
         return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
 
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of settings, weights and base: what a Producer records."""
+        """SHA-256 (hex) of settings, weights and base: what a Producer records. `composition` acts later and is left out."""
+        settings = self.settings.model_dump(mode="json", exclude={"composition"})
         weights = hash_tensors(self.state_dict().items())
-        return digest({"settings": self.settings.model_dump(mode="json"), "weights": weights, "base": self.base.fingerprint})
+        return digest({"settings": settings, "weights": weights, "base": self.base.fingerprint})
 
     def save(self, directory: str | Path, dtype: torch.dtype = torch.float32) -> None:
         """Writes `hypernetwork.safetensors` and `hypernetwork.json` (settings, `trained_tokens`, adapter table, base)."""

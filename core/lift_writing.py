@@ -288,7 +288,7 @@ class LiftWriter(AdapterWriter):
                 return Rejected(f"no adapter to start from: {outcome.reason}")
             windows = outcome.weights()
             assert isinstance(windows, LoraWeights), "a hypernetwork writes no other kind"
-            generated, _ = composed(windows, self._starts.rule.composition, self._lift.spec.rank)
+            generated, _ = composed(windows, self._starts.composition, self._lift.spec.rank)
             generated = generated.to(self._base.device)
             start = generated if start is None else stack([start, generated])
         return Job(document.content_hash, document.text, document.title, lifted.questions, start, state)

@@ -105,40 +105,50 @@ def _balanced(layer: int, site: str, u_BIR: Tensor, s_BR: Tensor, v_BRO: Tensor,
     }
 
 
-@torch.no_grad()
-def mean_adapter(weights: LoraWeights, rank: int) -> tuple[LoraWeights, float]:
-    """One adapter whose delta is the mean of all B deltas, at `rank`, and the relative error of that cut.
-
-    Concatenates the B ranks and cuts them: exact with `rank` >= min(B R, I, O) at every linear.
-    """
-    count = len(weights)
-    if not count:
-        raise ValueError("no adapters were given: give one or more")
-    tensors = {}
-    for (layer, site, tensor), value in weights.tensors.items():
-        if tensor == "A":
-            tensors[layer, site, "A"] = value.float().transpose(0, 1).flatten(1)[None]
-        elif tensor == "B":
-            tensors[layer, site, "B"] = value.float().flatten(0, 1)[None] / count
-        else:
-            tensors[layer, site, "C"] = value.float().mean(dim=0, keepdim=True)
-    mean, error_B = recompress(_pack(weights.spec.with_rank(count * weights.spec.rank), tensors), rank)
-    return mean.to(dtype=weights.flat_BN.dtype), error_B.item()
-
-
 Composition = Literal["mean", "sum"]
+
+
+def compose_groups(weights: LoraWeights, sizes: Sequence[int], composition: Composition) -> LoraWeights:
+    """One adapter for each of `len(sizes)` groups of neighbours: the first `sizes[0]` adapters, the next `sizes[1]`, and so on.
+
+    Exact and differentiable: ranks are concatenated, to the largest group's times the rank, zeros where a group is smaller. The
+    delta of a group is the sum of its members' deltas, or their mean.
+    """
+    if sum(sizes) != len(weights) or min(sizes, default=0) < 1:
+        raise ValueError(f"groups of {', '.join(map(str, sizes))} do not divide {len(weights)} adapters: each takes 1 or more")
+    most = max(sizes)
+    if most == 1:
+        return weights
+    device = weights.flat_BN.device
+    sizes_G = torch.tensor(sizes, device=device)
+    group_B = torch.arange(len(sizes), device=device).repeat_interleave(sizes_G, output_size=len(weights))
+    place_B = group_B * most + torch.arange(len(weights), device=device) - (sizes_G.cumsum(0) - sizes_G)[group_B]
+    padded_BN = weights.flat_BN.new_zeros(len(sizes) * most, weights.spec.numel).index_copy(0, place_B, weights.flat_BN)
+    tensors = {}
+    for key, value in LoraWeights(weights.spec, padded_BN).tensors.items():
+        members = value.unflatten(0, (len(sizes), most))
+        if key[2] == "A":
+            tensors[key] = members.transpose(1, 2).flatten(2)
+            continue
+        if composition == "mean":
+            members = members / sizes_G.view(-1, *[1] * (members.ndim - 1))
+        tensors[key] = members.flatten(1, 2) if key[2] == "B" else members.sum(dim=1)
+    return _pack(weights.spec.with_rank(most * weights.spec.rank), tensors)
 
 
 @torch.no_grad()
 def composed(weights: LoraWeights, composition: Composition, rank: int) -> tuple[LoraWeights, float]:
-    """B adapters as one of `rank` at most, and the relative error of the cut: the mean of their deltas, or the sum."""
+    """B adapters as one of `rank` at most, and the relative error of the cut: the mean of their deltas, or the sum.
+
+    Exact with `rank` >= min(B R, I, O) at every linear.
+    """
+    if not len(weights):
+        raise ValueError("no adapters were given: give one or more")
     if len(weights) == 1 and weights.spec.rank <= rank:
         return weights, 0.0
-    rank = min(rank, len(weights) * weights.spec.rank)
-    if composition == "mean":
-        return mean_adapter(weights, rank)
-    whole, error_B = recompress(compose([weights.select(slice(row, row + 1)) for row in range(len(weights))]), rank)
-    return whole, error_B.item()
+    whole = compose_groups(weights.to(dtype=torch.float32), [len(weights)], composition)
+    cut, error_B = recompress(whole, min(rank, whole.spec.rank))
+    return cut.to(dtype=weights.flat_BN.dtype), error_B.item()
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from torch import Tensor
 from core.base_model import BaseModel
 from core.examples import IGNORED, Batch
 from core.hypernetwork import Hypernetwork
-from core.lora import LoraWeights, attach
+from core.lora import LoraWeights, attach, compose_groups
 
 HEAD_ROWS = 8192
 
@@ -50,6 +50,10 @@ def language_loss(base: BaseModel, batch: Batch) -> Tensor:
 
 
 def hypernetwork_loss(hypernetwork: Hypernetwork, batch: Batch) -> Tensor:
-    """Summed loss of the frozen base under the adapters generated from the batch's contexts (paper, section 3)."""
+    """Summed loss of the frozen base under the adapters generated from the batch's contexts (paper, section 3).
+
+    The adapters of a context's windows are composed at their full rank; what a later cut loses is not trained on.
+    """
     weights = hypernetwork.generate(batch.context_ids_BT, batch.context_mask_BT)
-    return row_losses(hypernetwork.base, batch, weights).sum()
+    whole = compose_groups(weights, batch.windows, hypernetwork.settings.composition)
+    return row_losses(hypernetwork.base, batch, whole).sum()

@@ -30,7 +30,7 @@ from core.base_model import BaseModel
 from core.config import Section, digest, fingerprint
 from core.examples import DEFAULT_LIMITS
 from core.hypernetwork import Hypernetwork
-from core.lora import LoraWeights, attach, gram, mean_adapter, stack
+from core.lora import LoraWeights, attach, composed, gram, stack
 from core.metrics import Interval, centred_cosine, collapse, mean_interval, pairwise_cosine, specific_share
 from core.prompts import Limits
 from pipelines import world
@@ -216,7 +216,7 @@ def _mean_of(weights: LoraWeights, settings: EvaluationSettings) -> tuple[LoraWe
     """The mean adapter; its error, and how alike the adapters are."""
     full_rank = max(min(site.in_features, site.out_features) for layer in weights.spec.layers for site in layer)
     rank = min(len(weights) * weights.spec.rank, full_rank, settings.mean_rank)
-    mean, error = mean_adapter(weights, rank)
+    mean, error = composed(weights, "mean", rank)
     compared = weights.select(slice(0, settings.compared_adapters))
     gram_BB = gram(compared)
     return mean, {

@@ -14,7 +14,7 @@ import hashlib
 import json
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -34,6 +34,7 @@ from core.examples import (
     Example,
     Pretraining,
     QuestionAnswer,
+    composed_example,
     in_context_example,
     multi_turn_example,
     packing,
@@ -47,6 +48,7 @@ from core.sentences import sentences
 Task = Literal[
     "pretraining",
     "questions",
+    "composed",
     "copying",
     "in_context",
     "keywords",
@@ -57,31 +59,30 @@ Task = Literal[
     "contextualised",
     "timeline",
 ]
+FIELDS = ("context_ids", "ids", "labels", "window_sizes")
+"""Of an example, as the stream carries it."""
 TIMELINE_SENTENCES = Curriculum().timeline_sentences
 """As many as LIFT's own timelines have."""
-COLUMNS = pa.schema(
-    [
-        ("context_ids", pa.list_(pa.int32())),
-        ("ids", pa.list_(pa.int32())),
-        ("labels", pa.list_(pa.int32())),
-        ("window", pa.int32()),
-        ("offset", pa.int32()),
-    ]
-)
+COLUMNS = pa.schema([*((name, pa.list_(pa.int32())) for name in FIELDS), ("window", pa.int32()), ("offset", pa.int32())])
 
 
 class Feed(Section):
     """What of a corpus becomes examples.
 
     corpus: files or folders of Parquet, any fsspec URL. tasks of a stage: `pretraining` (SHINE's reconstruction and
-    completion, texts packed into groups of `pack_tokens`, 0 for one text a group) and `questions` (all questions of a
-    document, at most `max_questions`, as one conversation) train a hypernetwork; the others a base: `in_context` (document
-    shown, then questions), `keywords` (plain text, then what is left of each question when words are dropped, and its answer:
-    teaches to look things up outside the chat template and from a word alone, as memory tokens must), `recitation`,
-    `question_only`, `plain_text` and `copying` (random tokens twice, which teaches to look back before there is anything to
-    say). Pre-LIFT takes one of a document's `segments`, the same `contextualised`, a `timeline`, and `question_only`.
+    completion, texts packed into groups of `pack_tokens`, 0 for one text a group), `questions` (all questions of a document, at
+    most `max_questions`, as one conversation) and `composed` (the same of several documents that are read as one, in windows
+    whose adapters are composed) train a hypernetwork; the others a base: `in_context` (document shown, then questions),
+    `keywords` (plain text, then what is left of each question when words are dropped, and its answer: teaches to look things up
+    outside the chat template and from a word alone, as memory tokens must), `recitation`, `question_only`, `plain_text` and
+    `copying` (random tokens twice, which teaches to look back before there is anything to say). Pre-LIFT takes one of a
+    document's `segments`, the same `contextualised`, a `timeline`, and `question_only`.
 
     reading: how documents are cut into segments, within `limits.conversation_tokens`; wording: what is said for them.
+
+    composed_documents: how many documents `composed` reads as one, at least and at most. They are the most alike (in words) of so
+    many `composed_candidates`: what is hard to keep apart is learned from; 1 takes them as they come. composed_window_tokens: the
+    longest window, drawn for each anew, so that no one length is learned.
     """
 
     corpus: tuple[str, ...]
@@ -95,11 +96,16 @@ class Feed(Section):
     pretraining: Pretraining = Pretraining()
     reading: Reading = Reading()
     wording: Wording = Wording()
+    composed_documents: tuple[int, int] = (1, 8)
+    composed_candidates: Annotated[int, Field(ge=1)] = 16
+    composed_window_tokens: tuple[int, int] = (512, 1024)
 
     @model_validator(mode="after")
-    def _copying_range(self) -> "Feed":
-        if not 1 <= self.copying_tokens[0] <= self.copying_tokens[1]:
-            raise ValueError("copying_tokens must be two rising numbers, the first at least 1")
+    def _ranges(self) -> "Feed":
+        for name in ("copying_tokens", "composed_documents", "composed_window_tokens"):
+            least, most = getattr(self, name)
+            if not 1 <= least <= most:
+                raise ValueError(f"{name} is {least}, {most}: give two rising numbers, the first at least 1")
         return self
 
 
@@ -179,17 +185,20 @@ def dataset(
 
 
 class _Patience(ExecutionCallback):
-    """Ray Data 2.60's loop spins on a whole core while all tasks are done and the consumer is slower: a training step is."""
+    """Ray Data 2.60's loop spins on a core or more while blocks wait for a slower consumer, which a training step is.
+
+    Tasks that hold a finished block back count as active, and waiting for them returns at once: the output's queue tells, too.
+    """
 
     def on_execution_step(self, executor: Any) -> None:
-        if not any(op.num_active_tasks() for op in executor._topology):
+        if not executor._consumer_idling() or not any(op.num_active_tasks() for op in executor._topology):
             time.sleep(0.02)
 
 
 def to_examples(batch: pa.Table) -> list[Example]:
     """Rows of the stream as examples."""
-    columns = [batch.column(name).to_pylist() for name in ("context_ids", "ids", "labels")]
-    return [Example(tuple(context), tuple(ids), tuple(labels)) for context, ids, labels in zip(*columns, strict=True)]
+    columns = [batch.column(name).to_pylist() for name in FIELDS]
+    return [Example(*map(tuple, values)) for values in zip(*columns, strict=True)]
 
 
 def _window_examples(batch: dict[str, np.ndarray], feed: Feed, stage: str, tasks: dict[Task, float], tokenizer: str) -> pa.Table:
@@ -197,7 +206,7 @@ def _window_examples(batch: dict[str, np.ndarray], feed: Feed, stage: str, tasks
     for window, skip, groups in zip(batch["window"], batch["skip"], batch["groups"], strict=True):
         window_groups = [RowGroup(*group) for group in json.loads(groups)]
         examples = window_examples(window_groups, feed, stage, int(window), tasks, _tokenizer(tokenizer))[int(skip) :]
-        columns = [[list(e.context_ids) for e in examples], [list(e.ids) for e in examples], [list(e.labels) for e in examples]]
+        columns = [[getattr(example, name) for example in examples] for name in FIELDS]
         offsets = range(int(skip), int(skip) + len(examples))
         tables.append(pa.table([*columns, [int(window)] * len(examples), list(offsets)], schema=COLUMNS))
     return pa.concat_tables(tables)
@@ -212,20 +221,39 @@ def window_examples(
     rng.shuffle(documents)
     names, shares = list(tasks), list(tasks.values())
     packed: list[dict[str, Any]] = []
+    joined: list[dict[str, Any]] = []
     examples: list[Example] = []
     for row in documents:
         task = rng.choices(names, shares)[0]
         if task == "pretraining" and feed.pack_tokens:
             packed.append(row)
+        elif task == "composed":
+            joined.append(row)
         else:
             examples.append(_MAKERS[task](tokenizer, row, feed, rng))
     lengths = [len(encode(tokenizer, row["text"])) for row in packed]
     for group in packing(lengths, feed.pack_tokens):
         texts = [packed[place]["text"] for place in group]
         examples.append(pretraining_example(tokenizer, texts, rng, feed.limits, feed.instructions, feed.pretraining))
-    if packed:
+    for alike in _alike(joined, feed, rng):
+        examples.append(_composed(tokenizer, alike, feed, rng))
+    if packed or joined:
         rng.shuffle(examples)
     return [example for example in examples if example.tokens]
+
+
+def _alike(rows: Sequence[dict[str, Any]], feed: Feed, rng: random.Random) -> Iterator[list[dict[str, Any]]]:
+    """All rows in groups of `feed.composed_documents`; each next of a group is that of the following rows most like its first."""
+    waiting = [(row, frozenset(row["text"].lower().split())) for row in rows]
+    while waiting:
+        group = [waiting.pop(0)]
+        words = group[0][1]
+        for _ in range(min(rng.randint(*feed.composed_documents) - 1, len(waiting))):
+            near = waiting[: feed.composed_candidates]
+            shares = [len(words & other) / max(len(words | other), 1) for _, other in near]
+            group.append(waiting.pop(shares.index(max(shares))))
+        rng.shuffle(group)
+        yield [row for row, _ in group]
 
 
 def _read(group: RowGroup) -> list[dict[str, Any]]:
@@ -261,6 +289,13 @@ def _pretraining(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], feed: 
 
 def _ask(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], feed: Feed, rng: random.Random) -> Example:
     return multi_turn_example(tokenizer, row["text"], _questions(row, feed, rng), feed.limits)
+
+
+def _composed(tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, Any]], feed: Feed, rng: random.Random) -> Example:
+    asked = {"questions": [question for row in rows for question in row.get("questions") or ()]}
+    text = "\n\n".join(row["text"] for row in rows)
+    window_tokens = rng.randint(*feed.composed_window_tokens)
+    return composed_example(tokenizer, text, _questions(asked, feed, rng), window_tokens, feed.limits)
 
 
 def _in_context(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], feed: Feed, rng: random.Random) -> Example:

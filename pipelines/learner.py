@@ -100,10 +100,10 @@ class HypernetworkLearner(nn.Module):
             self.hypernetwork = Hypernetwork(base, recipe.hypernetwork)
         else:
             self.hypernetwork = Hypernetwork.load(recipe.start_from, base)
-            if self.hypernetwork.settings != recipe.hypernetwork:
-                raise ValueError(
-                    f"{recipe.start_from} has settings {self.hypernetwork.settings}: write the same under [hypernetwork]"
-                )
+            shape = self.hypernetwork.settings.model_copy(update={"composition": recipe.hypernetwork.composition})
+            if shape != recipe.hypernetwork:
+                raise ValueError(f"{recipe.start_from} has settings {shape}: write the same under [hypernetwork]")
+            self.hypernetwork.settings = recipe.hypernetwork
         self._checkpointing = recipe.run.gradient_checkpointing
 
     @property

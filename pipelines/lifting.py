@@ -126,13 +126,14 @@ def shine_adapters(
     Raises `ValueError` where it writes none.
     """
     rule = WindowRule(max_tokens=window_tokens, long_documents="windows", max_windows=2**16)
-    outcomes = HypernetworkWriter(hypernetwork, "fp32", rule).write([as_document(document) for document in documents])
+    writer = HypernetworkWriter(hypernetwork, "fp32", rule)
+    outcomes = writer.write([as_document(document) for document in documents])
     adapters: list[AdapterWeights] = []
     for document, outcome in zip(documents, outcomes, strict=True):
         if isinstance(outcome, Rejected):
             raise ValueError(f"document {document.id!r} has no adapter: {outcome.reason}")
         windows = outcome.weights()
         assert isinstance(windows, LoraWeights), "a hypernetwork writes no other kind"
-        whole, _ = composed(windows, rule.composition, rank or hypernetwork.spec.rank)
+        whole, _ = composed(windows, writer.composition, rank or hypernetwork.spec.rank)
         adapters.append(whole.to(hypernetwork.base.device))
     return adapters

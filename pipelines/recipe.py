@@ -89,7 +89,9 @@ class BaseRecipe(Section):
 
 
 class HypernetworkRecipe(Section):
-    """Trains a hypernetwork for a frozen base. start_from: a saved hypernetwork to go on from (of the recipe's shape)."""
+    """Trains a hypernetwork for a frozen base. start_from: a saved hypernetwork to go on from, of the recipe's shape; its
+    composition may be another.
+    """
 
     base: str
     hypernetwork: HypernetworkSettings = HypernetworkSettings()

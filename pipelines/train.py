@@ -126,8 +126,9 @@ def _datasets(recipe: Recipe, checkpoints: Path) -> dict[str, Any]:
             continue
         start = position if number == begun else Position()
         documents = stage.steps * recipe.optimiser.global_batch
-        # A packed group holds several texts; a template takes 11 tokens or more of it for each.
-        documents *= max(1, recipe.feed.pack_tokens // 12) if "pretraining" in stage.tasks else 1
+        # A packed group holds several texts, of which a template takes 11 tokens or more each; a composed one names its most.
+        packed = recipe.feed.pack_tokens // 12 if "pretraining" in stage.tasks else 1
+        documents *= max(1, packed, recipe.feed.composed_documents[1] if "composed" in stage.tasks else 1)
         windows = plan(groups, recipe.feed, stage.name, documents + documents // 10)
         share = recipe.optimiser.global_batch // recipe.run.workers
         streams[str(number)] = dataset(windows, recipe.feed, stage.name, dict(stage.tasks), tokenizer, share, start)

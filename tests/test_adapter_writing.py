@@ -11,7 +11,7 @@ from core.base_model import BaseModel
 from core.codec import Encoding
 from core.documents import Document, Window
 from core.hypernetwork import Hypernetwork, HypernetworkSettings
-from core.lora import LoraWeights, mean_adapter, stack
+from core.lora import LoraWeights, composed, stack
 from core.prompts import encode
 from core.quality_gate import GateSettings
 from core.tokens import Tokens, read
@@ -22,12 +22,12 @@ SETTINGS = HypernetworkSettings(rank=2, meta_rank=2, num_layers=2, num_heads=4, 
 TEXTS = ("Balmora lives in the old town.", "A ü.", "one two three " * 6, "What is the colour? It is crimson.", "x")
 
 
-def tiny_hypernetwork() -> Hypernetwork:
+def tiny_hypernetwork(composition: str = "mean") -> Hypernetwork:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         config = Qwen3Config(**{**SHAPE, "vocab_size": len(TOKENIZER)}, head_dim=12, tie_word_embeddings=True)
         base = BaseModel(AutoModelForCausalLM.from_config(config), TOKENIZER)
-        hypernetwork = Hypernetwork(base, SETTINGS)
+        hypernetwork = Hypernetwork(base, SETTINGS.model_copy(update={"composition": composition}))
         torch.nn.init.normal_(hypernetwork.meta_1N, std=0.05)
     return hypernetwork
 
@@ -82,7 +82,7 @@ def test_a_long_document_becomes_one_adapter_with_its_error() -> None:
     outcome, other = writer.write([long, short], [Tokens(each) for each in ids])
     assert isinstance(outcome, Written) and isinstance(other, Written)
     covers = [(0, 10), (8, 17), (15, 24)]
-    expected, error = mean_adapter(stack([alone(ids[0][start:end]) for start, end in covers]), SETTINGS.rank)
+    expected, error = composed(stack([alone(ids[0][start:end]) for start, end in covers]), "mean", SETTINGS.rank)
     [new] = outcome.adapters
     assert (new.window, new.tokens) == (Window(0, 24), 24)
     assert writer.adapter_ids(long, Tokens(ids[0])) == [new.adapter_id]
@@ -204,8 +204,16 @@ def test_the_producer_bears_what_changes_an_adapter_and_no_more() -> None:
     assert fingerprint(max_rows=1, max_padded_tokens=64, rule=WindowRule(max_windows=2)) == same
     assert fingerprint(rule=WindowRule(max_tokens=256 - len(HYPERNETWORK.memory_MH))) == same
     assert fingerprint(gate=GateSettings(share=1.0, min_gain=5.0)) == same
-    rules = [WindowRule(overlap=1), WindowRule(long_documents="windows"), WindowRule(borders="token")]
-    assert len({same, *(fingerprint(rule=rule) for rule in rules)}) == 4
+    assert fingerprint(rule=WindowRule(composition="mean")) == same
+    rules = [
+        WindowRule(overlap=1),
+        WindowRule(long_documents="windows"),
+        WindowRule(borders="token"),
+        WindowRule(composition="sum"),
+    ]
+    assert len({same, *(fingerprint(rule=rule) for rule in rules)}) == 5
+    summing = tiny_hypernetwork(composition="sum")
+    assert HypernetworkWriter(summing).producer.fingerprint == fingerprint(rule=rules[-1]), "None is what it was trained for"
     other = tiny_hypernetwork()
     torch.nn.init.normal_(other.memory_MH)
     assert HypernetworkWriter(other).producer.weights != HypernetworkWriter(HYPERNETWORK).producer.weights

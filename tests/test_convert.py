@@ -18,7 +18,7 @@ from core.base_model import load_base
 from core.documents import windows
 from core.hypernetwork import Hypernetwork
 from core.lift_writing import LiftRecipe
-from core.lora import LoraWeights, mean_adapter, stack
+from core.lora import LoraWeights, composed, stack
 from core.prompts import encode
 from core.store import Store
 from pipelines import sources
@@ -188,7 +188,7 @@ def test_a_folder_becomes_a_store_and_a_rerun_converts_what_changed(
     assert base.tokenizer is not None
     assert (store.stats().documents, store.stats().adapters) == (len(texts), len(texts) - 1)
     assert summary.bytes_per_adapter == hypernetwork.spec.numel * 4
-    composed = 0
+    joined = 0
     for name, text in texts.items():
         row = store.find_document("acme", "docs", name)
         assert row is not None and store.get_text(row) == text.rstrip()
@@ -200,12 +200,13 @@ def test_a_folder_becomes_a_store_and_a_rerun_converts_what_changed(
         if len(covers) == 1:
             torch.testing.assert_close(got.flat_BN, alone(hypernetwork, ids).flat_BN, rtol=1e-5, atol=1e-5)
         else:
-            composed += 1
-            whole, _ = mean_adapter(stack([alone(hypernetwork, ids[start:end]) for start, end in covers]), hypernetwork.spec.rank)
+            joined += 1
+            apart = stack([alone(hypernetwork, ids[start:end]) for start, end in covers])
+            whole, _ = composed(apart, "mean", hypernetwork.spec.rank)
             for layer, site in {(entry.layer, entry.site) for entry in hypernetwork.spec.table}:
                 (a, b), (c, d) = got.factors(layer, site), whole.factors(layer, site)
                 torch.testing.assert_close(a @ b, c @ d, rtol=1e-3, atol=1e-5)
-    assert 1 <= composed == summary.composed < len(texts)
+    assert 1 <= joined == summary.composed < len(texts)
 
     (corpus / "notes.md").write_text("# The title\n\nAnother body.")
     (corpus / "moved.txt").write_text(texts["7"])

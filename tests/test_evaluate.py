@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from core.base_model import BaseModel
 from core.examples import QuestionAnswer, in_context_example, question_examples
 from core.hypernetwork import Hypernetwork, HypernetworkSettings
-from core.lora import LoraWeights, attach, mean_adapter
+from core.lora import LoraWeights, attach, composed
 from core.metrics import Interval, exact_match, f1, mean_interval
 from core.prompts import Limits, in_context, prompt
 from pipelines import world
@@ -125,7 +125,7 @@ def test_losses_are_those_of_single_rows_of_the_model(base: BaseModel, report: R
         for own, other in enumerate(derangement(len(part), rng))
     }
     assert all(own != other for own, other in partners.items()) and len(partners) == len(DOCUMENTS)
-    mean, _ = mean_adapter(weights, 16)
+    mean, _ = composed(weights, "mean", 16)
     sums: dict[str, float] = dict.fromkeys(CONDITIONS, 0.0)
     tokens = 0
     for number, document in enumerate(DOCUMENTS):

@@ -2,7 +2,7 @@
 
 import json
 import random
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from core.examples import (
     QuestionAnswer,
     collate,
     completion,
+    composed_example,
     in_context_example,
     multi_turn_example,
     packing,
@@ -198,6 +199,18 @@ def test_questions_of_a_document_share_its_context(tokenizer: PreTrainedTokenize
     assert batch.documents == 2
     assert batch.index_B.tolist() == [0, 0, 1, -1]
     assert batch.tokens == sum(example.tokens for example in examples) == 7 + 5 + 7 + 7 + 5
+
+
+def test_contexts_read_in_windows_are_rows_that_stand_together(tokenizer: PreTrainedTokenizerFast) -> None:
+    whole = multi_turn_example(tokenizer, DOCTOR, QAS)
+    parts = composed_example(tokenizer, f"{HARBOUR}\n\n{DOCTOR}", QAS, 20)
+    assert parts.windows == [parts.context_ids[:end][start:] for start, end in pairwise([0, *accumulate(parts.window_sizes)])]
+    assert len(parts.windows) > 2 and max(map(len, parts.windows)) <= 20
+    assert (parts.ids, parts.labels) == (whole.ids, whole.labels)
+    batch = collate([parts, whole, parts], pad_id=1)
+    assert (batch.documents, batch.windows, batch.index_B.tolist()) == (2, (len(parts.windows), 1), [0, 1, 0])
+    rows = [tuple(row[mask.bool()].tolist()) for row, mask in zip(batch.context_ids_BT, batch.context_mask_BT, strict=True)]
+    assert rows == [*parts.windows, whole.context_ids]
 
 
 def test_in_context_the_document_stands_in_the_first_turn(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -59,6 +60,46 @@ def test_a_window_is_a_function_of_its_arguments(corpus, tasks):
     assert examples != window_examples(groups, feed, "s", 1, tasks, build_tokenizer())
     assert all(example.tokens for example in examples)
     assert all(bool(example.context_ids) == bool(tasks.keys() & {"questions", "pretraining"}) for example in examples)
+
+
+def test_composed_examples_hold_every_document_once_in_windows_that_end_at_sentences(corpus):
+    tokenizer = build_tokenizer()
+    feed = make_feed(corpus, composed_documents=(2, 3), composed_window_tokens=(60, 90), max_questions=12)
+    groups = plan(row_groups(feed.corpus), feed, "s", 85)[0]
+    examples = window_examples(groups, feed, "s", 0, {"composed": 0.8, "questions": 0.2}, tokenizer)
+    assert examples == window_examples(groups, feed, "s", 0, {"composed": 0.8, "questions": 0.2}, tokenizer)
+    contexts = [tokenizer.decode(example.context_ids) for example in examples]
+    texts = [text for path, number, _ in groups for text in _texts(path, number)]
+    assert all(sum(text.strip() in context for context in contexts) == 1 for text in texts)
+    composed = [example for example in examples if example.window_sizes]
+    assert 2 < len(composed) < len(examples) < len(texts)
+    for example in composed:
+        assert len(example.window_sizes) >= 2 and max(example.window_sizes) <= 90
+        assert [token for window in example.windows for token in window] == list(example.context_ids)
+        assert all(tokenizer.decode(window).rstrip()[-1] in ".:" for window in example.windows)
+    with pytest.raises(ValueError, match="composed_documents is 3, 2"):
+        make_feed(corpus, composed_documents=(3, 2))
+
+
+def test_composed_documents_are_alike(corpus):
+    def kinds_together(candidates: int) -> float:
+        """The share of composed pairs that are of one kind of entity."""
+        feed = make_feed(corpus, composed_documents=(2, 2), composed_candidates=candidates, composed_window_tokens=(90, 90))
+        examples = [
+            example
+            for number, groups in enumerate(plan(row_groups(feed.corpus), feed, "s", 85))
+            for example in window_examples(groups, feed, "s", number, {"composed": 1.0}, build_tokenizer())
+        ]
+        texts = [build_tokenizer().decode(example.context_ids) for example in examples]
+        kinds = [[kind for kind in ("person", "place", "product") if f" {kind} " in text] for text in texts]
+        return sum(len(found) == 1 for found in kinds) / len(kinds)
+
+    assert kinds_together(16) > kinds_together(1) + 0.2
+
+
+def _texts(path: str, row_group: int) -> list[str]:
+    with fsspec.open(path) as stream:
+        return pq.ParquetFile(stream).read_row_group(row_group, ["text"]).column("text").to_pylist()
 
 
 def test_packed_groups_hold_every_text_once(corpus):

@@ -11,8 +11,10 @@ from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from core.base_model import BaseModel
+from core.examples import Example, collate
 from core.hypernetwork import Hypernetwork, HypernetworkSettings
-from core.lora import attach
+from core.lora import LoraWeights, attach, composed
+from core.objectives import hypernetwork_loss
 from tests.models import random_adapters, random_ids, tiny_base, tiny_config
 
 SMALL = {"rank": 2, "meta_rank": 3, "num_layers": 2, "num_heads": 4, "feed_forward": 32, "scale": 1e-2}
@@ -284,6 +286,28 @@ def test_every_trainable_parameter_receives_gradient_and_the_base_none(settings)
     assert not any(name.startswith("base") for name in hypernetwork.state_dict())
 
 
+@pytest.mark.parametrize("composition", ["mean", "sum"])
+def test_a_document_in_windows_is_trained_under_its_composed_adapter(composition):
+    base = tiny_base()
+    hypernetwork = tiny_hypernetwork(base, composition=composition, initial_delta=0.5)
+    torch.nn.init.normal_(hypernetwork.m2p.token_pe)
+    windows, chat = [random_ids(1, length, seed=length)[0].tolist() for length in (5, 8, 6)], random_ids(1, 7, seed=1)[0].tolist()
+    long = Example((*windows[0], *windows[1]), tuple(chat), tuple(chat), (5, 8))
+    short = Example(tuple(windows[2]), tuple(chat), tuple(chat))
+    loss = hypernetwork_loss(hypernetwork, collate([long, short], pad_id=0))
+    alone = [hypernetwork.generate(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.int64)) for ids in windows]
+    parts = LoraWeights(hypernetwork.spec, torch.cat([each.flat_BN for each in alone[:2]]))
+    expected = torch.zeros(())
+    for weights in (composed(parts, composition, 2 * hypernetwork.spec.rank)[0], alone[2]):
+        with attach(base, weights):
+            ids_BT = torch.tensor([chat])
+            expected += base.model(input_ids=ids_BT, labels=ids_BT, use_cache=False).loss * (len(chat) - 1)
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4)
+    assert (loss - 2 * hypernetwork_loss(hypernetwork, collate([short], pad_id=0))).abs() > 1e-3
+    loss.backward()
+    assert all(parameter.grad.any() for name, parameter in hypernetwork.named_parameters() if name.startswith("m2p.transformer"))
+
+
 def test_parameter_groups_partition_what_is_trained():
     hypernetwork = tiny_hypernetwork(tiny_base(), input_norm="rms", additional_meta_rank=2)
     decayed, plain = hypernetwork.parameter_groups(0.01)
@@ -369,6 +393,7 @@ def test_fingerprint_covers_weights_settings_and_base():
     prints.append(other.fingerprint())
     assert len(set(prints)) == len(prints)
     assert tiny_hypernetwork(tiny_base()).fingerprint() == prints[0]
+    assert tiny_hypernetwork(tiny_base(), composition="sum").fingerprint() == prints[0], "the producer's windows say it"
 
 
 def test_a_directory_that_cannot_be_loaded(tmp_path):

@@ -12,7 +12,7 @@ from torch import Tensor
 from core.adapter import AdapterSpec, SiteShape
 from core.base_model import BaseModel
 from core.hypernetwork import Hypernetwork, HypernetworkSettings
-from core.lora import LoraWeights, attach, compose, gram, mean_adapter, recompress, stack
+from core.lora import LoraWeights, attach, compose, compose_groups, composed, gram, recompress, stack
 from tests.models import random_adapters, random_ids, tiny_base
 
 ARCHITECTURES = [("qwen3", True), ("qwen3", False), ("llama", True), ("llama", False), ("qwen2", True), ("qwen2", False)]
@@ -388,20 +388,50 @@ def test_recompression_of_nothing_of_bf16_and_of_trained_weights():
         recompress(weights, 0)
 
 
-@pytest.mark.parametrize("count", [1, 3, 16])
-def test_the_mean_adapter_has_the_mean_delta(count):
+@pytest.mark.parametrize("count", [3, 16])
+@pytest.mark.parametrize("composition", ["mean", "sum"])
+def test_a_composed_adapter_has_the_mean_or_the_sum_of_the_deltas(count, composition):
     base = tiny_base("qwen2")
     weights = random_adapters(base, count, rank=4, generated_bias=True)
-    mean, error = mean_adapter(weights, 32)
-    assert error < 1e-5 and len(mean) == 1 and mean.spec.rank == 32
-    dense = flat_delta(weights).mean(dim=0, keepdim=True)
-    assert torch.allclose(flat_delta(mean), dense, atol=1e-6)
-    assert torch.allclose(mean.tensors[0, "q", "C"], weights.tensors[0, "q", "C"].mean(0, keepdim=True))
-    cut, error = mean_adapter(weights, 3)
+    reduce = {"mean": torch.mean, "sum": torch.sum}[composition]
+    whole, error = composed(weights, composition, 32)
+    assert error < 1e-5 and len(whole) == 1 and whole.spec.rank == min(32, 4 * count)
+    dense = reduce(flat_delta(weights), dim=0, keepdim=True)
+    assert torch.allclose(flat_delta(whole), dense, atol=1e-5)
+    assert torch.allclose(whole.tensors[0, "q", "C"], reduce(weights.tensors[0, "q", "C"], dim=0, keepdim=True))
+    cut, error = composed(weights, composition, 3)
     assert error == pytest.approx(((flat_delta(cut) - dense).norm() / dense.norm()).item(), abs=1e-5)
     assert error > 0.1
+
+
+def test_one_adapter_composes_to_itself_and_none_is_an_error():
+    weights = random_adapters(tiny_base(), 1, rank=4)
+    assert composed(weights, "mean", 4) == (weights, 0.0)
+    cut, error = composed(weights, "mean", 2)
+    assert cut.spec.rank == 2 and error > 0.1
     with pytest.raises(ValueError, match="no adapters"):
-        mean_adapter(weights.select(slice(0)), 3)
+        composed(weights.select(slice(0)), "mean", 3)
+
+
+@pytest.mark.parametrize("composition", ["mean", "sum"])
+def test_groups_of_adapters_compose_exactly_and_with_gradients(composition):
+    weights = random_adapters(tiny_base("qwen2"), 6, rank=2, generated_bias=True)
+    flat_BN = weights.flat_BN.detach().double().requires_grad_()
+    groups = [slice(0, 2), slice(2, 3), slice(3, 6)]
+    dense = flat_delta(LoraWeights(weights.spec, flat_BN))
+    reduce = {"mean": torch.mean, "sum": torch.sum}[composition]
+    expected = torch.stack([reduce(dense[group], dim=0) for group in groups])
+    got = compose_groups(LoraWeights(weights.spec, flat_BN), [2, 1, 3], composition)
+    assert (len(got), got.spec.rank) == (3, 6)
+    torch.testing.assert_close(flat_delta(got), expected)
+    slope = torch.randn_like(expected)
+    [wanted] = torch.autograd.grad((expected * slope).sum(), flat_BN)
+    [found] = torch.autograd.grad((flat_delta(got) * slope).sum(), flat_BN)
+    torch.testing.assert_close(found, wanted)
+    assert compose_groups(weights, [1] * 6, composition) is weights
+    for sizes in ([2, 3], [6, 0], [7]):
+        with pytest.raises(ValueError, match="do not divide 6 adapters"):
+            compose_groups(weights, sizes, composition)
 
 
 def test_gram_equals_dense_inner_products():

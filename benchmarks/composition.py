@@ -1,0 +1,81 @@
+"""How well an adapter answers that was composed from the windows of a long document, by the number of its parts and by its rank.
+
+Documents of the test split joined (about 100 tokens a part), read in windows as conversion reads them, composed as the shipped
+hypernetwork was trained for, and cut to each rank. Beside it: the question alone, the needed passage in context, and as much of
+the document in context as the base reads. Exact match, means over documents.
+
+Run from the root: `python -m benchmarks.composition`; a minute on 2 cores. Writes composition.json and a figure into
+benchmarks/results.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.lift_setup import Reference, reference
+from benchmarks.record import RESULTS, write_result
+from core.adapter_writing import WindowRule
+from core.lora import stack
+from core.metrics import mean_interval
+from core.tokens import read
+from pipelines.asking import Asker, evaluating, tokenizer_of
+from pipelines.lift_evaluation import LiftEvaluationSettings, Sheet, by_document
+from pipelines.lifting import shine_adapters
+from pipelines.long_documents import long_documents
+from pipelines.plots import Curves, curves
+
+PARTS = (1, 2, 4, 8, 14)
+RANKS = (4, 8, 16, 32)
+SHOWN = {"question_only": "nothing", "passage_in_context": "passage", "in_context": "truncated"}
+
+
+def measure(models: Reference, parts: int, documents: int, ranks: Sequence[int], seed: int) -> dict[str, Any]:
+    """Exact match on documents of so many parts, and how many windows they were read in."""
+    texts, settings = long_documents(documents, parts, seed), LiftEvaluationSettings()
+    sheet, asker = Sheet(models.base, texts, settings), Asker(models.base, settings.run)
+    asked = {name: (sheet.shown(kind), None) for name, kind in SHOWN.items()}
+    asked |= {f"rank_{rank}": (sheet.shown("nothing"), shine_adapters(models.hypernetwork, texts, None, rank)) for rank in ranks}
+    found: dict[str, Any] = {}
+    with evaluating(models.base.model):
+        for name, ((prompts, examples), adapters) in asked.items():
+            weights, rows = (None, None) if adapters is None else (stack(adapters), sheet.document_of)
+            scores = asker.score(prompts, examples, sheet.golds, sheet.answer_tokens, weights, rows)
+            found[name] = mean_interval(by_document(sheet, scores.exact_match))._asdict()
+    longest = WindowRule().longest(models.base.max_length, len(models.hypernetwork.memory_MH), models.hypernetwork.trained_tokens)
+    tokens = [read(tokenizer_of(models.base), text.text) for text in texts]
+    windows = [len(WindowRule().covers(each, longest)) for each in tokens]
+    return {"exact_match": found, "windows": sum(windows) / len(windows), "questions": len(sheet.asked)}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--documents", type=int, default=20, help="of each number of parts; 8 at most of 14")
+    parser.add_argument("--parts", type=int, nargs="+", default=PARTS)
+    parser.add_argument("--seed", type=int, default=11)
+    parser.add_argument("--quick", action="store_true", help="two documents of two parts: does it run?")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="a folder")
+    options = parser.parse_args(arguments)
+    documents, parts, ranks = (2, [2], RANKS[:1]) if options.quick else (options.documents, options.parts, RANKS)
+
+    models = reference()
+    found = {}
+    for part in parts:
+        found[part] = measure(models, part, min(documents, max(1, 112 // part)), ranks, options.seed)
+        scores = ", ".join(f"{name} {value['mean']:.3f}" for name, value in found[part]["exact_match"].items())
+        print(f"{part} parts, {found[part]['windows']:.1f} windows: {scores}", flush=True)
+    lines = [f"rank_{rank}" for rank in ranks] + ["passage_in_context", "in_context"]
+    points = {name: [(part, values["exact_match"][name]["mean"]) for part, values in found.items()] for name in lines}
+    panel = Curves("Documents read in windows", "parts of about 100 tokens", "exact match", points)
+    curves([panel], "Composed adapters", options.output / "composition")
+    result = {
+        "by_parts": found,
+        "composition": models.hypernetwork.settings.composition,
+        "hypernetwork": models.hypernetwork.fingerprint(),
+        "quick": options.quick,
+    }
+    print(write_result("composition", result, folder=options.output))
+
+
+if __name__ == "__main__":
+    main()
