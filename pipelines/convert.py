@@ -73,7 +73,7 @@ def convert(source: str, store_url: str, recipe: ConvertRecipe, progress: Consol
 def corpus_of(source: str, recipe: ConvertRecipe) -> Corpus:
     """The corpus at a path or URL. Raises `ValueError` where there is none."""
     found = sources.open_source(source, recipe.tenant, recipe.collection, recipe.reading)
-    return Corpus(source, partial(sources.dataset, found), found.size_bytes)
+    return Corpus(found.url, partial(sources.dataset, found), found.size_bytes)
 
 
 def convert_corpus(corpus: Corpus, store: Store, recipe: ConvertRecipe, start: float, progress: Console | None) -> Summary:
