@@ -13,7 +13,7 @@ Cost of choosing: a pass over the documents' rows, some 20 us each, and what `St
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
-from functools import lru_cache, partial
+from functools import partial
 from typing import NamedTuple
 
 import pyarrow as pa
@@ -27,6 +27,7 @@ from core.store import Store
 from pipelines.convert import Corpus, convert_corpus
 from pipelines.convert_recipe import ConvertRecipe, checked
 from pipelines.converter import CHANGED
+from pipelines.known_contents import opened
 from pipelines.receipts import Summary
 from pipelines.sources import PIECE_BYTES, PIECE_FILES, ROWS
 
@@ -129,7 +130,7 @@ def _dataset(documents: list[DocumentRow], store_url: str) -> "ray.data.Dataset"
 
 def _read(batch: pa.Table, store_url: str) -> pa.Table:
     """Rows of `ROWS` for (tenant, collection, name, content hash); what is not as it was has a reason, and no text."""
-    store, rows, read_at = _opened(store_url), [], time.time()
+    store, rows, read_at = opened(store_url), [], time.time()
     store.refresh()
     for tenant, collection, name, content_hash in batch["documents"].to_pylist()[0]:
         row = {"tenant": tenant, "collection": collection, "name": name, "title": "", "source_bytes": 0, "read_at": read_at}
@@ -143,9 +144,3 @@ def _read(batch: pa.Table, store_url: str) -> pa.Table:
         except (StoreError, OSError) as error:
             rows.append(row | {"reason": f"cannot be read: {error}"})
     return pa.Table.from_pylist(rows, ROWS)
-
-
-@lru_cache(maxsize=1)
-def _opened(url: str) -> Store:
-    """The store, opened once in each process that reads texts."""
-    return Store.open(url)

@@ -14,10 +14,10 @@ from pipelines.convert_recipe import ConvertRecipe
 from pipelines.world_tokenizer import build_tokenizer
 
 
-def tiny_recipe(folder: Path) -> ConvertRecipe:
+def tiny_recipe(folder: Path, seed: int = 0) -> ConvertRecipe:
     """A recipe for tenant acme's collection docs, of random models that are written to a folder."""
     tokenizer = build_tokenizer()
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = Qwen3Config(**{**SHAPE, "vocab_size": len(tokenizer)}, head_dim=12, tie_word_embeddings=True)
     base = BaseModel(AutoModelForCausalLM.from_config(config), tokenizer)
     base.model.save_pretrained(folder / "base")
