@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from core.adapter import ATTENTION, AdapterSpec, AdapterWeights
+from core.base_model import tokenizer_of
 from core.codec import Encoding, decode, encode
 from core.config import Section
 from core.documents import NORMALISER, Document, Window, windows, windows_at_borders
@@ -185,14 +186,12 @@ class HypernetworkWriter(AdapterWriter):
     ) -> None:
         rule, gate = rule or WindowRule(), gate or GateSettings()
         base = hypernetwork.base
-        if base.tokenizer is None:
-            raise ValueError("the base has no tokenizer: documents cannot be read without; save one into its directory")
-        if rule.borders == "sentence" and not base.tokenizer.is_fast:
+        self.tokenizer = tokenizer_of(base)
+        if rule.borders == "sentence" and not self.tokenizer.is_fast:
             raise ValueError(
-                f"{type(base.tokenizer).__name__} cannot say where in the text a token ends, so windows cannot end at sentences: "
+                f"{type(self.tokenizer).__name__} cannot say where in the text a token ends, so windows cannot end at sentences: "
                 "load the fast tokenizer, or choose windows.borders token"
             )
-        self.tokenizer = base.tokenizer
         self._memory_tokens = len(hypernetwork.memory_MH)
         max_tokens = rule.longest(base.max_length, self._memory_tokens, hypernetwork.trained_tokens)
         self._hypernetwork = hypernetwork.eval()

@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from core.adapter import AdapterWeights
-from core.base_model import BaseModel
+from core.base_model import BaseModel, tokenizer_of
 from core.config import fingerprint
 from core.examples import collate, plan_batches
 from core.gated_memory import gate_penalty, recording_gates
@@ -123,11 +123,9 @@ class LiftState:
 
 def course(base: BaseModel, job: Job, settings: LiftSettings) -> Course:
     """A job's course through the settings' curriculum. Raises `ValueError` for a base without tokenizer, or as `Course` does."""
-    if base.tokenizer is None:
-        raise ValueError("the base has no tokenizer: documents cannot be read without; save one into its directory")
     waits = settings.optimiser.decay != "constant"
     text = job.title, job.text, job.questions
-    return Course(base.tokenizer, job.key, *text, settings.curriculum, base.max_length, whole=waits)
+    return Course(tokenizer_of(base), job.key, *text, settings.curriculum, base.max_length, whole=waits)
 
 
 class _Slot:
@@ -156,8 +154,7 @@ class Lift:
     """
 
     def __init__(self, base: BaseModel, settings: LiftSettings, run: LiftRun | None = None) -> None:
-        if base.tokenizer is None:
-            raise ValueError("the base has no tokenizer: documents cannot be read without; save one into its directory")
+        tokenizer_of(base)
         settings.curriculum.reading.sizes(base.max_length)
         self._base, self._settings, self._run = base, settings, run or LiftRun()
         self._settings_fingerprint = fingerprint(settings)
