@@ -11,7 +11,6 @@ Cost of choosing: a pass over the documents' rows, some 20 us each, and what `St
 """
 
 import time
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from functools import partial
 from typing import NamedTuple
@@ -20,8 +19,7 @@ import pyarrow as pa
 import ray
 from rich.console import Console
 
-from core.index import MAX_PAGE
-from core.manifest import AdapterRow, DocumentRow, StoreError
+from core.manifest import DocumentRow, StoreError
 from core.selection import parse_selection
 from core.store import Store
 from pipelines.convert import Corpus, convert_corpus
@@ -79,7 +77,7 @@ def choose(store: Store | str, select: str, recipe: ConvertRecipe) -> Choice:
     store = Store.open(store) if isinstance(store, str) else store
     demand, producers, now = store.demand(), store.producers(), datetime.now(UTC)
     candidates, total = [], 0
-    for document, adapters in _documents(store, recipe.tenant, recipe.collection):
+    for document, adapters in store.each_document(recipe.tenant, recipe.collection):
         total += 1
         age_days = (now - document.created).total_seconds() / _SECONDS_A_DAY
         figures, method = Figures(demand=demand[document.key], age_days=age_days), None
@@ -102,17 +100,6 @@ def promote(store_url: str, select: str, recipe: ConvertRecipe, progress: Consol
     size_bytes = sum(document.length for document in documents)
     corpus = Corpus(f"{store.url} where {select}", partial(_dataset, documents, store.url), size_bytes, in_store=True)
     return convert_corpus(corpus, store, recipe, start, progress)
-
-
-def _documents(store: Store, tenant: str, collection: str) -> Iterator[tuple[DocumentRow, list[AdapterRow]]]:
-    """Each document with its adapters."""
-    token = None
-    while True:
-        page = store.list_documents(tenant, collection, page_token=token, limit=MAX_PAGE)
-        adapters = store.find_adapters_of([(row.tenant, row.content_hash) for row in page.rows])
-        yield from ((row, adapters.get((row.tenant, row.content_hash), [])) for row in page.rows)
-        if (token := page.next_token) is None:
-            return
 
 
 def _dataset(documents: list[DocumentRow], store_url: str) -> "ray.data.Dataset":
