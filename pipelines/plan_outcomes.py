@@ -5,7 +5,6 @@ whose source is then planned anew, by the run's own recipe. Out: the plan, and t
 (`pipelines.planning`) and two small objects of the run's folder.
 """
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -45,6 +44,7 @@ def plan_of_run(
     started, figures = read_run(url)
     recipe = load_run_recipe(started["recipe"], documents_per_s, prices, gpus, changes)
     if not figures["adapters"]:
-        raise ValueError(f"the run {url} converted no document: {json.dumps(figures['documents'])}")
+        counts = ", ".join(f"{count:,} {status}" for status, count in figures["documents"].items())
+        raise ValueError(f"the run {url} converted no document ({counts}): name one that did")
     planned = plan_conversion(started["source"], recipe)
     return planned, took(planned, figures, recipe.run)
