@@ -2,7 +2,6 @@
 
 import logging
 import os
-import shlex
 import signal
 import socket
 from collections.abc import Iterator
@@ -179,7 +178,7 @@ def convert(
     """
     from pipelines.convert import convert as run_conversion
     from pipelines.convert_recipe import load_recipe
-    from pipelines.plan_outcomes import took
+    from pipelines.plan_outcomes import took, where_planned
     from pipelines.plan_tables import taken_table
     from pipelines.planning import read_plan
 
@@ -192,8 +191,8 @@ def convert(
         say(summary.lines())
         if planned is not None and summary.adapters:
             console.print(taken_table(planned, took(planned, summary.figures(), resolved.run)))
-        elif summary.adapters and resolved.method == Method.shine:
-            say([f"beside its plan: imprint plan convert --run {shlex.quote(summary.files)}"])
+        else:
+            say(where_planned(summary, resolved))
 
 
 @app.command()
@@ -388,17 +387,13 @@ def plan(
     recipe: Annotated[Path | None, typer.Option(help="TOML recipe of the method, with prices and assumptions.")] = None,
     out: Annotated[Path | None, typer.Option(help="convert: keeps the plan as JSON, for `imprint convert --plan`.")] = None,
     changes: Overrides = None,
-    run: Annotated[
-        str | None, typer.Option(help="convert: folder of a finished run, whose plan is shown beside what it took.")
-    ] = None,
+    run: Annotated[str | None, typer.Option(help="convert: a finished run's folder: its plan beside what it took.")] = None,
 ) -> None:
     """Says what a corpus would take before it is converted or lifted: adapters, bytes, GPU hours, money, when it pays off.
 
     Example: `imprint plan convert notes/ --gpus 8 --set encoding=int8`
 
     Example: `imprint plan lift notes/ --base Qwen/Qwen3-0.6B`
-
-    Example: `imprint plan convert --run runs/store.runs/20261126T120000-0a1b2c3d`
     """
     from pipelines.plan_outcomes import plan_of_run
     from pipelines.plan_tables import plan_tables, taken_table
@@ -406,7 +401,7 @@ def plan(
 
     with told():
         given = (recipe, prices, gpus, changes or ())
-        if run is not None and method == Planned.convert and source is None and recipe is None and out is None:
+        if run is not None and (method, source, recipe, out) == (Planned.convert, None, None, None):
             console.print(taken_table(*plan_of_run(run, documents_per_s, *given[1:])))
             return
         if source is None or run is not None:

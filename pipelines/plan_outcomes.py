@@ -5,13 +5,15 @@ whose source is then planned anew, by the run's own recipe. Out: the plan, and t
 (`pipelines.planning`) and two small objects of the run's folder.
 """
 
+import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from core.convert_planning import ConvertPlan, actual
-from pipelines.convert_recipe import ConvertRun
+from pipelines.convert_recipe import ConvertRecipe, ConvertRun
 from pipelines.planning import load_run_recipe, plan_conversion
+from pipelines.receipts import Summary
 from pipelines.run_files import read_run
 
 
@@ -31,6 +33,13 @@ def took(planned: ConvertPlan, figures: Mapping[str, Any], run: ConvertRun) -> C
         processes=run.actors,
         hardware="GPU" if run.device.startswith("cuda") else "CPU",
     )
+
+
+def where_planned(summary: Summary, recipe: ConvertRecipe) -> list[str]:
+    """A line that names the command which shows the plan; none where there is nothing to compare."""
+    if recipe.method != "shine" or not summary.adapters:
+        return []
+    return [f"beside its plan: imprint plan convert --run {shlex.quote(summary.files)}"]
 
 
 def plan_of_run(

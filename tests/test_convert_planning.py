@@ -32,7 +32,7 @@ from core.hypernetwork import Hypernetwork, HypernetworkSettings
 from core.prompts import encode
 from core.tokens import read
 from pipelines.convert_recipe import ConvertRecipe, ConvertRun
-from pipelines.plan_outcomes import took
+from pipelines.plan_outcomes import took, where_planned
 from pipelines.plan_tables import duration, money, plan_tables, size, taken_table
 from pipelines.planning import PlanRecipe, load_plan_recipe, measured_rate, plan_conversion, read_plan
 from pipelines.receipts import Summary, receipt_of
@@ -313,6 +313,8 @@ def test_a_run_says_itself_what_was_planned_and_what_it_took(tmp_path: Path) -> 
     files.finish(summary_of(100, unchanged=500).figures())
     ran = CliRunner(env={"COLUMNS": "100"}).invoke(imprint.app, ["plan", "convert", "--run", files.url])
     assert ran.exit_code == 0, ran.output
+    assert where_planned(summary_of(1), ran_by) == ["beside its plan: imprint plan convert --run receipts"]
+    assert where_planned(summary_of(0), ran_by) == []
     lines = {line.partition("  ")[0].strip(): line.split() for line in ran.output.splitlines()}
     assert lines["documents"] == ["documents", "600", "100", "beside", "500", "that", "had", "adapters", "already"]
     assert lines["by the clock"][5:9] == ["36", "s", "3", "GPUs:"] and "0.06" not in lines["USD for GPUs"]
