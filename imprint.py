@@ -178,8 +178,9 @@ def convert(
     """
     from pipelines.convert import convert as run_conversion
     from pipelines.convert_recipe import load_recipe
+    from pipelines.plan_outcomes import took, where_planned
     from pipelines.plan_tables import taken_table
-    from pipelines.planning import read_plan, took
+    from pipelines.planning import read_plan
 
     if hypernetwork is None and recipe is None and method != Method.lift:
         hypernetwork = str(REFERENCE / "hypernetwork")
@@ -189,7 +190,9 @@ def convert(
         summary = run_conversion(source, store, resolved, progress=console)
         say(summary.lines())
         if planned is not None and summary.adapters:
-            console.print(taken_table(planned, took(planned, summary, resolved.run)))
+            console.print(taken_table(planned, took(planned, summary.figures(), resolved.run)))
+        else:
+            say(where_planned(summary, resolved))
 
 
 @app.command()
@@ -375,7 +378,7 @@ def compare(
 @app.command()
 def plan(
     method: Annotated[Planned, typer.Argument(help="What to plan.")],
-    source: SourceArgument,
+    source: Annotated[str | None, typer.Argument(help="As of `imprint convert`; with --run, the run's own.")] = None,
     base: BaseOption = str(REFERENCE / "base"),
     hypernetwork: Annotated[str | None, typer.Option(help="convert: its directory, or `--set shape.rank=8` and such.")] = None,
     gpus: Annotated[int | None, typer.Option(help="GPUs that work at once.", show_default="1")] = None,
@@ -384,6 +387,7 @@ def plan(
     recipe: Annotated[Path | None, typer.Option(help="TOML recipe of the method, with prices and assumptions.")] = None,
     out: Annotated[Path | None, typer.Option(help="convert: keeps the plan as JSON, for `imprint convert --plan`.")] = None,
     changes: Overrides = None,
+    run: Annotated[str | None, typer.Option(help="convert: a finished run's folder: its plan beside what it took.")] = None,
 ) -> None:
     """Says what a corpus would take before it is converted or lifted: adapters, bytes, GPU hours, money, when it pays off.
 
@@ -391,11 +395,17 @@ def plan(
 
     Example: `imprint plan lift notes/ --base Qwen/Qwen3-0.6B`
     """
-    from pipelines.plan_tables import plan_tables
+    from pipelines.plan_outcomes import plan_of_run
+    from pipelines.plan_tables import plan_tables, taken_table
     from pipelines.planning import load_plan_recipe, plan_conversion, plan_lifting
 
     with told():
         given = (recipe, prices, gpus, changes or ())
+        if run is not None and (method, source, recipe, out) == (Planned.convert, None, None, None):
+            console.print(taken_table(*plan_of_run(run, documents_per_s, *given[1:])))
+            return
+        if source is None or run is not None:
+            raise ValueError("give a source, or with `plan convert` --run alone: a run has its own source and recipe")
         if method == Planned.lift:
             say(plan_lifting(source, base, *given))
             return

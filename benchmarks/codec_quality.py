@@ -22,13 +22,13 @@ import torch
 
 from benchmarks.record import RESULTS, write_result
 from core.adapter import AdapterSpec
-from core.base_model import load_base
+from core.base_model import load_base, tokenizer_of
 from core.codec import ENCODINGS, Encoding, decode, encode, encoded_bytes
 from core.examples import DEFAULT_LIMITS
 from core.hypernetwork import Hypernetwork
 from core.lora import LoraWeights
 from core.metrics import Interval, mean_interval
-from pipelines.asking import Asker, Questions, Throughput, evaluating, from_hypernetwork, tokenizer_of
+from pipelines.asking import Asker, Questions, Throughput, evaluating, from_hypernetwork
 from pipelines.reference import REFERENCE
 from pipelines.world import WorldDocument, WorldSpec, generate
 

@@ -27,7 +27,7 @@ from transformers.utils import logging
 
 from benchmarks.conversion import HYPERNETWORK, SHAPE, build, spread
 from benchmarks.record import RESULTS, write_result
-from core.base_model import load_base
+from core.base_model import load_base, tokenizer_of
 from core.examples import plan_batches
 from core.hypernetwork import Hypernetwork
 from core.tokens import read
@@ -41,8 +41,7 @@ READY_S = 300
 
 def batches(texts: list[str], hypernetwork: Hypernetwork, run: ConvertRun, part: int) -> Iterator[tuple[Tensor, Tensor]]:
     """ids_BT and mask_BT of each batch of the buffers that fall to one of `run.actors` processes."""
-    tokenizer = hypernetwork.base.tokenizer
-    assert tokenizer is not None
+    tokenizer = tokenizer_of(hypernetwork.base)
     for start in range(part * run.buffer_documents, len(texts), run.actors * run.buffer_documents):
         ids = [read(tokenizer, text).ids for text in texts[start : start + run.buffer_documents]]
         lengths = [len(each) + len(hypernetwork.memory_MH) for each in ids]

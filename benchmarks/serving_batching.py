@@ -19,7 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from benchmarks.record import RESULTS, write_result
-from core.base_model import BaseModel, load_base
+from core.base_model import BaseModel, load_base, tokenizer_of
 from core.documents import Document, Window
 from core.engine import Request, generate
 from core.lora import LoraWeights
@@ -80,12 +80,11 @@ def question(row: int) -> str:
 
 
 def offline_answers(base: BaseModel, weights: LoraWeights, tokens: int) -> list[str]:
-    assert base.tokenizer is not None
-    rows = range(len(weights))
-    prompts = [prompt(base.tokenizer, [{"role": "user", "content": question(row)}]) for row in rows]
+    tokenizer, rows = tokenizer_of(base), range(len(weights))
+    prompts = [prompt(tokenizer, [{"role": "user", "content": question(row)}]) for row in rows]
     requests = [Request(str(row), prompts[row], tokens, weights.select(slice(row, row + 1))) for row in rows]
     done = generate(base, requests)
-    return [clean_answer(str(base.tokenizer.decode(done[str(row)].token_ids, skip_special_tokens=True))) for row in rows]
+    return [clean_answer(str(tokenizer.decode(done[str(row)].token_ids, skip_special_tokens=True))) for row in rows]
 
 
 async def ask(client: httpx.AsyncClient, row: int, tokens: int) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from core.adapter import ATTENTION, AdapterSpec, AdapterWeights
+from core.base_model import tokenizer_of
 from core.codec import Encoding, decode, encode
 from core.config import Section
 from core.documents import NORMALISER, Document, Window, windows, windows_at_borders
@@ -30,7 +31,7 @@ from core.fitting_batches import FittingBatches
 from core.gated_memory import weights_of
 from core.hypernetwork import Hypernetwork
 from core.lora import Composition, LoraWeights, composed
-from core.manifest import NewAdapter, Producer, adapter_id
+from core.manifest import AdapterRow, NewAdapter, Producer, adapter_id
 from core.prompts import Limits
 from core.quality_gate import Candidate, GateSettings, QualityGate
 from core.tokens import BORDERS, Tokens, read
@@ -104,16 +105,29 @@ _OUT_OF_MEMORY = "out of memory: a window does not fit alone, lower windows.max_
 
 
 class AdapterWriter(ABC):
-    """A method that writes adapters of one spec in one encoding, as one producer."""
+    """A method that writes adapters of one spec in one encoding, as one producer.
+
+    one_each: whether a document has one adapter, for the whole of it.
+    """
 
     producer: Producer
     spec: AdapterSpec
     encoding: Encoding
     tokenizer: PreTrainedTokenizerBase
+    one_each: bool = True
 
     @abstractmethod
     def adapter_ids(self, document: Document, tokens: Tokens) -> list[str]:
         """The ids of what `write` would make of a document, without making it."""
+
+    def finished(self, stored: Iterable[AdapterRow]) -> list[AdapterRow]:
+        """Of the stored adapters of one content, those of `adapter_ids`, without its tokens.
+
+        None where they are not all there, nor where documents have several: only tokens tell how many.
+        """
+        what = self.producer.fingerprint, self.spec.fingerprint, self.encoding
+        mine = (row for row in stored if (row.producer_fingerprint, row.spec_fingerprint, row.encoding) == what)
+        return list(mine) if self.one_each else []
 
     @abstractmethod
     def write_each(self, documents: Sequence[Document], tokens: Sequence[Tokens] | None = None) -> Iterator[tuple[int, Outcome]]:
@@ -171,19 +185,18 @@ class HypernetworkWriter(AdapterWriter):
     ) -> None:
         rule, gate = rule or WindowRule(), gate or GateSettings()
         base = hypernetwork.base
-        if base.tokenizer is None:
-            raise ValueError("the base has no tokenizer: documents cannot be read without; save one into its directory")
-        if rule.borders == "sentence" and not base.tokenizer.is_fast:
+        self.tokenizer = tokenizer_of(base)
+        if rule.borders == "sentence" and not self.tokenizer.is_fast:
             raise ValueError(
-                f"{type(base.tokenizer).__name__} cannot say where in the text a token ends, so windows cannot end at sentences: "
+                f"{type(self.tokenizer).__name__} cannot say where in the text a token ends, so windows cannot end at sentences: "
                 "load the fast tokenizer, or choose windows.borders token"
             )
-        self.tokenizer = base.tokenizer
         self._memory_tokens = len(hypernetwork.memory_MH)
         max_tokens = rule.longest(base.max_length, self._memory_tokens, hypernetwork.trained_tokens)
         self._hypernetwork = hypernetwork.eval()
         self.composition: Composition = rule.composition or hypernetwork.settings.composition
         self.rule = rule.model_copy(update={"max_tokens": max_tokens, "composition": self.composition})
+        self.one_each = rule.long_documents == "compose"
         self._max_tokens = max_tokens
         self._batches = FittingBatches(max_rows, max_padded_tokens)
         self._gate = QualityGate(base, gate, max_rows, max_padded_tokens) if gate.share else None

@@ -298,6 +298,13 @@ def hash_tensors(named: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None 
     return state.hexdigest()
 
 
+def tokenizer_of(base: BaseModel) -> PreTrainedTokenizerBase:
+    """The base's tokenizer; raises `ValueError` where it has none."""
+    if base.tokenizer is None:
+        raise ValueError("the base has no tokenizer: save one beside its weights")
+    return base.tokenizer
+
+
 def load_base(
     name_or_path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", attention: str = "sdpa"
 ) -> BaseModel:

@@ -4,10 +4,11 @@ A recipe is one `Section` whose fields are sections. Sections live beside the co
 where to run (workers, devices, batch sizes of a stream): it never bears identity, so `fingerprint` leaves it out.
 """
 
+import copy
 import hashlib
 import json
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,13 +28,15 @@ class RunSection(Section):
 SectionT = TypeVar("SectionT", bound=Section)
 
 
-def load(schema: type[SectionT], path: Path | None = None, overrides: Iterable[str] = ()) -> SectionT:
+def load(
+    schema: type[SectionT], path: Path | None = None, overrides: Iterable[str] = (), resolved: Mapping[str, Any] | None = None
+) -> SectionT:
     """Reads a TOML recipe and applies dotted overrides such as `optimiser.learning_rate=1e-4`.
 
-    An override's value is read as TOML; what is not TOML is taken as a string. Raises `ValueError` naming the field and what
-    is accepted there.
+    An override's value is read as TOML; what is not TOML is taken as a string. resolved: a recipe as JSON values, which stands
+    in a file's place. Raises `ValueError` naming the field and what is accepted there.
     """
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = copy.deepcopy(dict(resolved or {}))
     if path is not None:
         try:
             values = tomllib.loads(Path(path).read_text())

@@ -106,7 +106,7 @@ class ConvertPlan(Section):
     """The plan, or what it took, which is `measured`. Costs are in `prices.currency`.
 
     flops: of all forward passes. gpu_hours: of CPU processes where `hardware` says so, and these cost nothing here.
-    prompt_gpu_s: of one GPU, to read a mean document in a prompt.
+    prompt_gpu_s: of one GPU, to read a mean document in a prompt. already: documents that took nothing, as they had adapters.
     """
 
     volume: Volume
@@ -120,6 +120,7 @@ class ConvertPlan(Section):
     alternatives: tuple[Alternative, ...] = ()
     hardware: Literal["GPU", "CPU"] = "GPU"
     measured: bool = False
+    already: int = 0
 
     @property
     def adapter_bytes(self) -> float:
@@ -265,6 +266,7 @@ def actual(
     plan: ConvertPlan,
     documents: int,
     rejected: int,
+    already: int,
     tokens: int,
     adapters: int,
     adapter_bytes: int,
@@ -299,6 +301,7 @@ def actual(
             "alternatives": (),
             "hardware": hardware,
             "measured": True,
+            "already": already,
         }
     )
 

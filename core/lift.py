@@ -7,7 +7,9 @@ S slots hold a document each: fp32 parameters `flat_SN` (fp64 on an fp64 base) a
 document that has exercises contributes those of its next step; all are packed by length into padded micro-batches whose rows
 run under their document's adapter. A document's loss is the token mean of its own input examples plus gamma times that of its
 auxiliary ones (2412.13626, section 3.2), gradients are clipped document by document, so none depends on its neighbours. Who
-finishes leaves at once and the next job enters. A document that fails takes nobody with it.
+finishes leaves at once and the next job enters. A document that fails takes nobody with it. A micro-batch that memory does not
+hold runs in halves, which changes nothing, as losses are sums (`core.fitting_batches`); an example that does not fit alone ends
+its document.
 
 Knows nothing of stores, workers or question writing. Memory: 4 N numbers a slot beside the base, and a micro-batch's
 activations.
@@ -16,6 +18,7 @@ activations.
 import hashlib
 import json
 import math
+import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
@@ -29,9 +32,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from core.adapter import AdapterWeights
-from core.base_model import BaseModel
+from core.base_model import BaseModel, tokenizer_of
 from core.config import fingerprint
-from core.examples import collate, plan_batches
+from core.examples import collate
+from core.fitting_batches import FittingBatches
 from core.gated_memory import gate_penalty, recording_gates
 from core.lift_course import Course, Exercise, FixedQuestions, Questions, weighed
 from core.lift_forms import form_of
@@ -123,11 +127,9 @@ class LiftState:
 
 def course(base: BaseModel, job: Job, settings: LiftSettings) -> Course:
     """A job's course through the settings' curriculum. Raises `ValueError` for a base without tokenizer, or as `Course` does."""
-    if base.tokenizer is None:
-        raise ValueError("the base has no tokenizer: documents cannot be read without; save one into its directory")
     waits = settings.optimiser.decay != "constant"
     text = job.title, job.text, job.questions
-    return Course(base.tokenizer, job.key, *text, settings.curriculum, base.max_length, whole=waits)
+    return Course(tokenizer_of(base), job.key, *text, settings.curriculum, base.max_length, whole=waits)
 
 
 class _Slot:
@@ -156,8 +158,7 @@ class Lift:
     """
 
     def __init__(self, base: BaseModel, settings: LiftSettings, run: LiftRun | None = None) -> None:
-        if base.tokenizer is None:
-            raise ValueError("the base has no tokenizer: documents cannot be read without; save one into its directory")
+        tokenizer_of(base)
         settings.curriculum.reading.sizes(base.max_length)
         self._base, self._settings, self._run = base, settings, run or LiftRun()
         self._settings_fingerprint = fingerprint(settings)
@@ -171,6 +172,7 @@ class Lift:
         self._optimiser = torch.optim.AdamW(
             [{"params": [row_N]} for row_N in self._rows], betas=optimiser.betas, weight_decay=optimiser.weight_decay, fused=True
         )
+        self._batches = FittingBatches(sys.maxsize, self._run.micro_batch_tokens)
         self.waiting = False
         """Whether no document could train at the last step: all wait for questions."""
 
@@ -256,28 +258,42 @@ class Lift:
                 results.append(self._done(place))
         self.waiting = not lessons and not results
         if lessons:
-            grad_SN, loss_S = self._gradients(lessons)
+            grad_SN, loss_S, unfit = self._gradients(lessons)
+            for place, tokens in unfit.items():
+                fault = (
+                    f"out of memory: an example of {tokens} tokens does not fit alone, set checkpointing or lower segment_tokens"
+                )
+                results.append(self._leave(place, "failed", fault))
+                del lessons[place], rates[place]
             losses = self._update(grad_SN, loss_S, rates)
             for place, lesson in lessons.items():
                 results += self._account(place, lesson, losses[place])
         return results
 
-    def _gradients(self, lessons: dict[int, list[Exercise]]) -> tuple[Tensor, Tensor]:
-        """`[S, N]` gradients and `[S]` losses of each document alone."""
+    def _gradients(self, lessons: dict[int, list[Exercise]]) -> tuple[Tensor, Tensor, dict[int, int]]:
+        """`[S, N]` gradients and `[S]` losses of each document alone; who has an example that does not fit, and its tokens."""
         gamma, device = self._settings.gamma, self._flat_SN.device
         rows = [(place, *weighted) for place, lesson in lessons.items() for weighted in weighed(lesson, gamma)]
         grad_SN, loss_S = torch.zeros_like(self._flat_SN), self._flat_SN.new_zeros(len(self._slots))
         lengths = [len(exercise.example.ids) for _, exercise, _ in rows]
-        for picked in plan_batches(lengths, len(rows), self._run.micro_batch_tokens):
+        unfit: dict[int, int] = {}
+
+        def run(picked: list[int]) -> tuple[list[int], list[int], Tensor, Tensor]:
             members = sorted((rows[row] for row in picked), key=lambda row: row[0])
             places = sorted({place for place, _, _ in members})
             penalties = [self._settings.gate_penalty / len(lessons[place]) for place, _, _ in members]
             loss_B, flat_PN = self._losses(places, members, penalties)
             [grad_PN] = torch.autograd.grad(loss_B.sum(), [flat_PN])
+            return places, [place for place, _, _ in members], grad_PN, loss_B.detach()
+
+        for picked, ran in self._batches.run(lengths, run):
+            if ran is None:
+                unfit.setdefault(rows[picked[0]][0], lengths[picked[0]])
+                continue
+            places, place_of_row, grad_PN, loss_B = ran
             grad_SN.index_add_(0, torch.tensor(places, device=device), grad_PN)
-            place_B = torch.tensor([place for place, _, _ in members], device=device)
-            loss_S.index_add_(0, place_B, loss_B.detach().to(loss_S.dtype))
-        return grad_SN, loss_S
+            loss_S.index_add_(0, torch.tensor(place_of_row, device=device), loss_B.to(loss_S.dtype))
+        return grad_SN, loss_S, unfit
 
     def _losses(
         self, places: Sequence[int], members: Sequence[tuple[int, Exercise, float]], penalties: Sequence[float]

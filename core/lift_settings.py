@@ -49,7 +49,8 @@ class LiftSettings(Section):
 
 
 class LiftRun(RunSection):
-    """Where and how fast: documents at once, padded tokens of a micro-batch, recomputation in backward, pause while all wait."""
+    """Where and how fast: documents at once, padded tokens of a micro-batch (fewer while memory is short), recomputation in
+    backward, pause while all wait."""
 
     slots: PositiveInt = 16
     micro_batch_tokens: PositiveInt = 4096

@@ -30,7 +30,7 @@ from torch import Tensor
 from core import adapter_files
 from core.adapter import AdapterWeights
 from core.adapter_writing import AdapterWriter, HypernetworkWriter, Outcome, Rejected, WindowRule, Written, changes_anything
-from core.base_model import BaseModel, hash_tensors
+from core.base_model import BaseModel, hash_tensors, tokenizer_of
 from core.codec import Encoding, decode, encode
 from core.config import Section, identity
 from core.documents import NORMALISER, Document, Window
@@ -172,8 +172,7 @@ class LiftWriter(AdapterWriter):
         recipe = recipe or LiftRecipe()
         self._base, self._recipe, self._run = base, recipe, recipe.run
         self._lift = Lift(base, recipe.settings, recipe.run)
-        assert base.tokenizer is not None, "Lift has refused it"
-        self.tokenizer, self.encoding = base.tokenizer, encoding
+        self.tokenizer, self.encoding = tokenizer_of(base), encoding
         stored = self._lift.stored_spec
         self._cuts = stored.kind == "lora" and recipe.serving_rank is not None and stored.rank > recipe.serving_rank
         self.spec = stored.with_rank(recipe.serving_rank) if self._cuts and recipe.serving_rank else stored
@@ -364,8 +363,7 @@ def recall(
 
     weights: one adapter. None where no pair has an answer within the base's length.
     """
-    assert base.tokenizer is not None
-    rendered = [question_example(base.tokenizer, pair, base.max_length) for pair in pairs]
+    rendered = [question_example(tokenizer_of(base), pair, base.max_length) for pair in pairs]
     examples = [example for example in rendered if example.tokens]
     right = 0
     for picked in plan_batches([len(example.ids) for example in examples], max(1, len(examples)), max_padded_tokens):

@@ -23,7 +23,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from core.base_model import BaseModel
+from core.base_model import BaseModel, tokenizer_of
 from core.codec import decode
 from core.config import RunSection
 from core.examples import IGNORED, Example, collate
@@ -69,13 +69,12 @@ class _Row(NamedTuple):
 class QualityGate:
     """Measures LoRAs on a base, in batches of `max_rows` and `max_padded_tokens`. Keeps one adapter, to compare with.
 
-    Raises `ValueError` for a base without a chat template.
+    Raises `ValueError` for a base without a tokenizer or a chat template.
     """
 
     def __init__(self, base: BaseModel, settings: GateSettings, max_rows: int, max_padded_tokens: int) -> None:
-        assert base.tokenizer is not None, "whoever reads documents has checked it"
         self._base, self._settings = base, settings
-        self._prompt = prompt(base.tokenizer, [{"role": "user", "content": settings.instruction}])
+        self._prompt = prompt(tokenizer_of(base), [{"role": "user", "content": settings.instruction}])
         self._batches = FittingBatches(max_rows, max_padded_tokens)
         self._last: NewAdapter | None = None
 

@@ -31,7 +31,7 @@ from core.codec import decode
 from core.commits import Commits
 from core.demand import DemandCounter, read_demand
 from core.documents import Document
-from core.index import Page, Stats
+from core.index import MAX_PAGE, Page, Stats
 from core.manifest import (
     AdapterRow,
     DocumentRow,
@@ -131,6 +131,23 @@ class Store:
     ) -> Page:
         """A page of a tenant's live documents, as `Index.list_documents` orders and continues it."""
         return self._versions.ask(lambda index: index.list_documents(tenant, collection, prefix, page_token, limit))
+
+    def each_document(
+        self, tenant: str, collection: str | None = None, prefix: str = ""
+    ) -> Iterator[tuple[DocumentRow, list[AdapterRow]]]:
+        """A tenant's live documents in the order of `list_documents`, each with its adapters as of `find_adapters`.
+
+        Goes and holds `MAX_PAGE` documents at a time; where this object's version changes on the way, later pages are of the new
+        one. Raises `ValueError` as `list_documents` does.
+        """
+        token: str | None = None
+        while True:
+            page = self.list_documents(tenant, collection, prefix, token, MAX_PAGE)
+            adapters = self.find_adapters_of([(row.tenant, row.content_hash) for row in page.rows])
+            yield from ((row, adapters.get((row.tenant, row.content_hash), [])) for row in page.rows)
+            token = page.next_token
+            if token is None:
+                return
 
     def tables(self, kind: PartKind, tenant: str | None = None) -> Iterator[pa.Table]:
         """All live rows of a kind, some at a time, as `Index.tables`. `MissingObject` if parts are collected on the way."""

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from core.adapter import AdapterWeights
 from core.base_model import BaseModel
+from core.base_model import tokenizer_of as tokenizer_of
 from core.config import RunSection
 from core.engine import Request, generate
 from core.examples import DEFAULT_LIMITS, Example, collate, in_context_example, question_answers, question_examples
@@ -210,13 +211,6 @@ def level_of(document: WorldDocument) -> int:
 
 def _prompt(tokenizer: PreTrainedTokenizerBase, content: str) -> list[int]:
     return prompt(tokenizer, [{"role": "user", "content": content}])
-
-
-def tokenizer_of(base: BaseModel) -> PreTrainedTokenizerBase:
-    """The base's tokenizer; raises `ValueError` where it has none."""
-    if base.tokenizer is None:
-        raise ValueError("the base has no tokenizer: save one beside its weights")
-    return base.tokenizer
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -15,8 +15,8 @@ adapters, and a rerun makes only what is missing: what each actor had in hand, a
 itself starts dead actors and nodes' tasks again within a run. The store is the only record of what is done. Ray Data's job
 checkpoints would be a second one, and are not used: they know rows by an id column, here a name, and would skip a document that
 was edited; they wake in files of the sink, so that a commit before its file is made again all the same; their filter takes an
-actor and 12 s for a million ids. What they would save is reading and tokenising again what is there,
-hundreds of documents a second on a core.
+actor and 12 s for a million ids. What they would save is reading again what is there; it is not tokenised again, unless windows
+have adapters of their own.
 
 With `lift.run.scratch`, documents that were in training go on where they were last saved.
 
@@ -40,6 +40,7 @@ from core.store import Store
 from pipelines import sources
 from pipelines.convert_recipe import ConvertRecipe, checked
 from pipelines.converter import Converter, prepare_for
+from pipelines.known_contents import KnownContents
 from pipelines.near_duplicates import NearDuplicates
 from pipelines.pruning import SeenNames
 from pipelines.receipts import Receipt, Summary
@@ -73,7 +74,7 @@ def convert(source: str, store_url: str, recipe: ConvertRecipe, progress: Consol
 def corpus_of(source: str, recipe: ConvertRecipe) -> Corpus:
     """The corpus at a path or URL. Raises `ValueError` where there is none."""
     found = sources.open_source(source, recipe.tenant, recipe.collection, recipe.reading)
-    return Corpus(source, partial(sources.dataset, found), found.size_bytes)
+    return Corpus(found.url, partial(sources.dataset, found), found.size_bytes)
 
 
 def convert_corpus(corpus: Corpus, store: Store, recipe: ConvertRecipe, start: float, progress: Console | None) -> Summary:
@@ -115,8 +116,11 @@ def receipts(corpus: Corpus, store_url: str, recipe: ConvertRecipe) -> Iterator[
     context.execution_options.preserve_order = True
     context.wait_for_min_actors_s = 3600
     run = recipe.run
+    one_each = recipe.method == "lift" or recipe.windows.long_documents == "compose"
+    known = KnownContents.of(store_url, recipe.method, recipe.encoding) if one_each else None
     with ray.data.DataContext.current(context):
-        rows = corpus.dataset().map_batches(partial(prepare_for, base=recipe.base), batch_size=None, batch_format="pyarrow")
+        preparing = partial(prepare_for, recipe=recipe, known=known)
+        rows = corpus.dataset().map_batches(preparing, batch_size=None, batch_format="pyarrow")
         one = ray.data.ActorPoolStrategy(size=1)
         rows = rows.map_batches(sources.UniqueNames, batch_size=None, batch_format="pyarrow", compute=one, num_cpus=0)
         rows = rows.repartition(target_num_rows_per_block=run.buffer_documents, strict=True)

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from pydantic import Field, PositiveInt
 
-from core.base_model import BaseModel
+from core.base_model import BaseModel, tokenizer_of
 from core.config import Section, digest, fingerprint
 from core.examples import DEFAULT_LIMITS
 from core.hypernetwork import Hypernetwork
@@ -34,7 +34,7 @@ from core.lora import LoraWeights, attach, composed, gram, stack
 from core.metrics import Interval, centred_cosine, collapse, mean_interval, pairwise_cosine, specific_share
 from core.prompts import Limits
 from pipelines import world
-from pipelines.asking import Adapters, Asker, Questions, Result, Throughput, evaluating, from_hypernetwork, level_of, tokenizer_of
+from pipelines.asking import Adapters, Asker, Questions, Result, Throughput, evaluating, from_hypernetwork, level_of
 from pipelines.world import WorldDocument
 
 SPLITS = ("all", "one_fact", "two_facts", "seen", "held_out")

@@ -1,13 +1,12 @@
 """Stored adapters to PEFT's two files. In: a store, documents' names, a base. Out: directories that PEFT reads."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 from core.base_model import BaseModel, load_base
 from core.foreign_formats import write_peft
 from core.lora import LoraWeights
-from core.manifest import AdapterRow, DocumentRow
+from core.manifest import AdapterRow
 from core.store import Store
 
 
@@ -36,7 +35,8 @@ def export_many(store_url: str, tenant: str, collection: str | None, prefix: str
     out.mkdir(parents=True, exist_ok=True)
     written, skipped = set[str](), 0
     with (out / "documents.jsonl").open("w") as listing:
-        for row, newest in _documents(store, tenant, collection, prefix):
+        for row, adapters in store.each_document(tenant, collection, prefix):
+            newest = _newest_lora(store, adapters)
             if newest is None:
                 skipped += 1
                 continue
@@ -47,18 +47,6 @@ def export_many(store_url: str, tenant: str, collection: str | None, prefix: str
             names = {"tenant": row.tenant, "collection": row.collection, "name": row.name, "adapter": newest.adapter_id}
             listing.write(json.dumps(names, ensure_ascii=False) + "\n")
     return len(written), skipped
-
-
-def _documents(store: Store, tenant: str, collection: str | None, prefix: str) -> Iterator[tuple[DocumentRow, AdapterRow | None]]:
-    token: str | None = None
-    while True:
-        page = store.list_documents(tenant, collection, prefix, token)
-        adapters = store.find_adapters_of([(row.tenant, row.content_hash) for row in page.rows])
-        for row in page.rows:
-            yield row, _newest_lora(store, adapters.get((row.tenant, row.content_hash), []))
-        token = page.next_token
-        if token is None:
-            return
 
 
 def _newest_lora(store: Store, adapters: list[AdapterRow]) -> AdapterRow | None:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from pydantic import PositiveInt
 
 from core.adapter import AdapterWeights
-from core.base_model import BaseModel
+from core.base_model import BaseModel, tokenizer_of
 from core.config import Section
 from core.documents import Document
 from core.gated_memory import GatedMemory
@@ -24,7 +24,6 @@ from core.planning import BaseSize, LiftPlan, PlanSettings, measure, plan_lift
 from core.question_endpoint import EndpointSettings
 from core.question_writing import RuleSettings
 from pipelines import sources
-from pipelines.asking import tokenizer_of
 from pipelines.judge import JudgeSettings, judge, producer
 from pipelines.lift_evaluation import LiftEvaluationSettings, LiftReport, Sheet, evaluate_lift, gate_telemetry
 from pipelines.lifting import jobs_of, lifted, rule_questions, shine_adapters, write_questions

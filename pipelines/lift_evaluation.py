@@ -25,7 +25,7 @@ import torch
 from pydantic import Field, PositiveInt
 
 from core.adapter import AdapterWeights
-from core.base_model import BaseModel
+from core.base_model import BaseModel, tokenizer_of
 from core.config import Section, digest, fingerprint
 from core.documents import windows
 from core.examples import Example
@@ -37,7 +37,7 @@ from core.lora import stack
 from core.metrics import Interval, mean_interval
 from core.prompts import IGNORED, Turn, encode, head_tail, in_context, render
 from core.retrieval import RetrievalSettings, Retriever
-from pipelines.asking import SPARE_TOKENS, Asker, Result, Throughput, evaluating, tokenizer_of
+from pipelines.asking import SPARE_TOKENS, Asker, Result, Throughput, evaluating
 from pipelines.judge import Claim
 from pipelines.long_documents import LongDocument
 

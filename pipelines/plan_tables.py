@@ -45,8 +45,11 @@ def _table(title: str, plan: ConvertPlan, taken: ConvertPlan | None) -> Table:
 def _sections(plan: ConvertPlan) -> Iterable[list[_Row]]:
     volume, made, assumed, prices = plan.volume, plan.made, plan.assumptions, plan.prices
     whole = volume.sampled >= round(volume.documents + volume.rejected)
+    known = "all were read" if whole else f"estimated from {volume.sampled:,}"
+    if plan.measured:
+        known = f"beside {plan.already:,} that had adapters already" if plan.already else ""
     yield [
-        ("documents", f"{volume.documents:,.0f}", "all were read" if whole else f"estimated from {volume.sampled:,}"),
+        ("documents", f"{volume.documents:,.0f}", known),
         ("rejected", f"{volume.rejected:,.0f}", f"source: {counted(volume.files, 'file')}, {size(volume.source_bytes)}"),
         ("tokens", f"{volume.tokens:,.0f}", f"{plan.tokens_saved:,.0f} a document; {size(volume.text_bytes)} of text"),
     ]
@@ -79,10 +82,10 @@ def _sections(plan: ConvertPlan) -> Iterable[list[_Row]]:
         ("for storage", money(plan.month_cost * months), f"{months:g} months at {prices.storage_per_gb_month:g} a GB"),
         ("together", money(plan.cost), f"{money(plan.cost / volume.documents)} a document"),
     ]
-    prompt = f"questions a document, against prompts of {plan.tokens_saved:,.0f} tokens"
+    prompts = "questions a document, against prompts"
     yield [
-        ("pays off after", questions(plan.break_even), f"{prompt} at {prices.prompt_per_million:g} a million"),
-        ("", questions(plan.break_even_own), f"{prompt} on the same GPUs"),
+        ("pays off after", questions(plan.break_even), f"{prompts} at {prices.prompt_per_million:g} a million"),
+        ("", questions(plan.break_even_own), f"{prompts} on the same GPUs"),
     ]
 
 

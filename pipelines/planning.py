@@ -13,7 +13,7 @@ default reading and tokenising 1,000 documents: seconds.
 
 import json
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -25,18 +25,17 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from core.adapter_writing import WindowRule
 from core.base_model import TOKENIZER_FILES, load_base
 from core.config import Section, faults, load, write_resolved
-from core.convert_planning import Assumptions, ConvertPlan, Packing, Volume, actual, memory_tokens, plan_convert, skeleton
+from core.convert_planning import Assumptions, ConvertPlan, Packing, Volume, memory_tokens, plan_convert, skeleton
 from core.costs import Prices
 from core.documents import Document
 from core.hypernetwork import HypernetworkSettings
 from core.parsing import Parser
 from core.planning import PlanSettings, lines
 from core.tokens import read
-from pipelines.convert_recipe import ConvertRecipe, ConvertRun
+from pipelines.convert_recipe import ConvertRecipe
 from pipelines.files import UNKNOWN_SIZE, File, filesystem, os_errors, suffixes
 from pipelines.lift_comparison import plan as plan_lift
 from pipelines.listing import list_files
-from pipelines.receipts import Summary
 from pipelines.records import FORMATS, Reading, is_whole, read_files
 from pipelines.reference import REFERENCE
 
@@ -88,6 +87,17 @@ def load_plan_recipe(
     given = {"base": None if path else base, "hypernetwork": hypernetwork, "assumptions.documents_per_s": rate}
     named = [f"{name}={value}" for name, value in given.items() if value is not None]
     return load(PlanRecipe, path, [*named, *_shared(prices, gpus), *changes])
+
+
+def load_run_recipe(
+    recipe: Mapping[str, Any], documents_per_s: str | None, prices: Path | None, gpus: int | None, changes: Iterable[str]
+) -> PlanRecipe:
+    """The recipe by which a conversion ran, as JSON values, with prices and assumptions as of `load_plan_recipe`."""
+    run = recipe["run"]
+    if gpus is None and run["device"].startswith("cuda"):
+        gpus = run["actors"]
+    rate = [] if documents_per_s is None else [f"assumptions.documents_per_s={measured_rate(documents_per_s)}"]
+    return load(PlanRecipe, None, [*rate, *_shared(prices, gpus), *changes], recipe)
 
 
 def plan_lifting(
@@ -157,22 +167,6 @@ def read_plan(path: Path) -> ConvertPlan:
         raise ValueError(f"no plan at {path}: {error.strerror}; write one with `imprint plan convert --out`") from None
     except ValidationError as error:
         raise ValueError(f"{path} is not a plan of this version: {'; '.join(faults(error)[:3])}") from None
-
-
-def took(planned: ConvertPlan, summary: Summary, run: ConvertRun) -> ConvertPlan:
-    """The plan with what a conversion took. Raises `ValueError` where it converted nothing."""
-    return actual(
-        planned,
-        documents=summary.documents["converted"],
-        rejected=summary.documents["rejected"],
-        tokens=summary.tokens,
-        adapters=summary.adapters,
-        adapter_bytes=summary.adapter_bytes,
-        shards=len(summary.shards),
-        hours=summary.convert_s / 3600,
-        processes=run.actors,
-        hardware="GPU" if run.device.startswith("cuda") else "CPU",
-    )
 
 
 def _hypernetwork(recipe: PlanRecipe) -> tuple[HypernetworkSettings, int | None]:

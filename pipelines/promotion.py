@@ -11,22 +11,21 @@ Cost of choosing: a pass over the documents' rows, some 20 us each, and what `St
 """
 
 import time
-from collections.abc import Iterator
 from datetime import UTC, datetime
-from functools import lru_cache, partial
+from functools import partial
 from typing import NamedTuple
 
 import pyarrow as pa
 import ray
 from rich.console import Console
 
-from core.index import MAX_PAGE
-from core.manifest import AdapterRow, DocumentRow, StoreError
+from core.manifest import DocumentRow, StoreError
 from core.selection import parse_selection
 from core.store import Store
 from pipelines.convert import Corpus, convert_corpus
 from pipelines.convert_recipe import ConvertRecipe, checked
 from pipelines.converter import CHANGED
+from pipelines.known_contents import opened
 from pipelines.receipts import Summary
 from pipelines.sources import PIECE_BYTES, PIECE_FILES, ROWS
 
@@ -78,7 +77,7 @@ def choose(store: Store | str, select: str, recipe: ConvertRecipe) -> Choice:
     store = Store.open(store) if isinstance(store, str) else store
     demand, producers, now = store.demand(), store.producers(), datetime.now(UTC)
     candidates, total = [], 0
-    for document, adapters in _documents(store, recipe.tenant, recipe.collection):
+    for document, adapters in store.each_document(recipe.tenant, recipe.collection):
         total += 1
         age_days = (now - document.created).total_seconds() / _SECONDS_A_DAY
         figures, method = Figures(demand=demand[document.key], age_days=age_days), None
@@ -103,17 +102,6 @@ def promote(store_url: str, select: str, recipe: ConvertRecipe, progress: Consol
     return convert_corpus(corpus, store, recipe, start, progress)
 
 
-def _documents(store: Store, tenant: str, collection: str) -> Iterator[tuple[DocumentRow, list[AdapterRow]]]:
-    """Each document with its adapters."""
-    token = None
-    while True:
-        page = store.list_documents(tenant, collection, page_token=token, limit=MAX_PAGE)
-        adapters = store.find_adapters_of([(row.tenant, row.content_hash) for row in page.rows])
-        yield from ((row, adapters.get((row.tenant, row.content_hash), [])) for row in page.rows)
-        if (token := page.next_token) is None:
-            return
-
-
 def _dataset(documents: list[DocumentRow], store_url: str) -> "ray.data.Dataset":
     """The documents' rows, as a stream of tasks that read a piece each."""
     pieces: list[list[DocumentRow]] = [[]]
@@ -129,7 +117,7 @@ def _dataset(documents: list[DocumentRow], store_url: str) -> "ray.data.Dataset"
 
 def _read(batch: pa.Table, store_url: str) -> pa.Table:
     """Rows of `ROWS` for (tenant, collection, name, content hash); what is not as it was has a reason, and no text."""
-    store, rows, read_at = _opened(store_url), [], time.time()
+    store, rows, read_at = opened(store_url), [], time.time()
     store.refresh()
     for tenant, collection, name, content_hash in batch["documents"].to_pylist()[0]:
         row = {"tenant": tenant, "collection": collection, "name": name, "title": "", "source_bytes": 0, "read_at": read_at}
@@ -143,9 +131,3 @@ def _read(batch: pa.Table, store_url: str) -> pa.Table:
         except (StoreError, OSError) as error:
             rows.append(row | {"reason": f"cannot be read: {error}"})
     return pa.Table.from_pylist(rows, ROWS)
-
-
-@lru_cache(maxsize=1)
-def _opened(url: str) -> Store:
-    """The store, opened once in each process that reads texts."""
-    return Store.open(url)

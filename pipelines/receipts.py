@@ -211,6 +211,7 @@ class Summary:
             "adapters": self.adapters,
             "adapter_bytes": self.adapter_bytes,
             "tokens": self.tokens,
+            "shards": len(self.shards),
             "start_s": round(self.start_s, 3),
             "convert_s": round(self.convert_s, 3),
             "pruned": None if self.pruned is None else self.pruned._asdict(),

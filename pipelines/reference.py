@@ -20,7 +20,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import torch
 
-from core.base_model import load_base
+from core.base_model import load_base, tokenizer_of
 from core.hypernetwork import Hypernetwork
 from pipelines.world import WORLD_VERSION, specification_fingerprint
 
@@ -33,8 +33,7 @@ def pack_base(run: Path, reference: Path = REFERENCE) -> Path:
     base = load_base(run / "model")
     target = reference / "base"
     base.model.to(torch.bfloat16).save_pretrained(target)
-    assert base.tokenizer is not None
-    base.tokenizer.save_pretrained(target)
+    tokenizer_of(base).save_pretrained(target)
     _write_card(reference, "base", run, load_base(target).fingerprint)
     return target
 

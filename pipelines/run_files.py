@@ -26,6 +26,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from core.manifest import MissingObject
 from core.objects import open_objects
 from pipelines.near_duplicates import Groups
 from pipelines.receipts import WORST, Near, Receipt, to_table
@@ -95,6 +96,18 @@ class RunFiles:
 
     def _write(self, name: str, text: str) -> None:
         self._objects.write(name, [text.encode()])
+
+
+def read_run(url: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a finished run says of itself: `started.json` and `finished.json`. Raises `ValueError` for any other folder."""
+    try:
+        objects = open_objects(url)
+        started, finished = (json.loads(objects.read(f"about/{name}.json")) for name in ("started", "finished"))
+    except MissingObject as error:
+        raise ValueError(f"{url} is no folder of a run that has finished, as `imprint convert` names it: {error}") from None
+    except OSError as error:
+        raise ValueError(f"{url} cannot be read: {error}") from None
+    return started, finished
 
 
 def _receipts(number: int) -> str:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple, get_args
 
 from core.adapter import AdapterSpec, AdapterWeights, Gate, common_spec
-from core.base_model import BaseModel
+from core.base_model import BaseModel, tokenizer_of
 from core.demand import DemandCounter
 from core.engine import Engine, Request, Sampling, Token
 from core.gated_memory import memory_spec
@@ -69,11 +69,9 @@ class Service:
     """
 
     def __init__(self, base: BaseModel, store: Store, settings: ServeSettings) -> None:
-        if base.tokenizer is None:
-            raise ValueError("the base has no tokenizer: save one beside its weights")
         run = settings.run
-        self._tokenizer = base.tokenizer
-        self._stop_ids = stop_ids(base.tokenizer)
+        self._tokenizer = tokenizer_of(base)
+        self._stop_ids = stop_ids(self._tokenizer)
         self._run = run
         self.store = store
         self.resolver = Resolver(

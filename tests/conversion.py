@@ -14,10 +14,10 @@ from pipelines.convert_recipe import ConvertRecipe
 from pipelines.world_tokenizer import build_tokenizer
 
 
-def tiny_recipe(folder: Path) -> ConvertRecipe:
+def tiny_recipe(folder: Path, seed: int = 0) -> ConvertRecipe:
     """A recipe for tenant acme's collection docs, of random models that are written to a folder."""
     tokenizer = build_tokenizer()
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = Qwen3Config(**{**SHAPE, "vocab_size": len(tokenizer)}, head_dim=12, tie_word_embeddings=True)
     base = BaseModel(AutoModelForCausalLM.from_config(config), tokenizer)
     base.model.save_pretrained(folder / "base")
@@ -41,21 +41,14 @@ def check_whole(url: str, documents: int) -> float:
     store = Store.open(url)
     stats = store.stats()
     assert (stats.documents, stats.adapters) == (documents, documents)
-    page_token, names = None, []
+    listed = list(store.each_document("acme", "docs"))
+    assert [len(adapters) for _, adapters in listed] == [1] * documents
+    rows = [each for row, adapters in listed for each in (row, *adapters)]
+    assert len(store.get_many(rows)) == len(rows)
     used: dict[str, int] = {}
-    while True:
-        page = store.list_documents("acme", "docs", page_token=page_token, limit=1000)
-        found = store.find_adapters_of([(row.tenant, row.content_hash) for row in page.rows])
-        adapters = [found[row.tenant, row.content_hash] for row in page.rows]
-        assert [len(each) for each in adapters] == [1] * len(page.rows)
-        rows = [*page.rows, *(each[0] for each in adapters)]
-        assert len(store.get_many(rows)) == len(rows)
-        names += [row.name for row in page.rows]
-        for row in rows:
-            used[row.shard] = used.get(row.shard, 0) + row.length
-        if (page_token := page.next_token) is None:
-            break
-    assert names == [f"{number:05}" for number in range(documents)]
+    for row in rows:
+        used[row.shard] = used.get(row.shard, 0) + row.length
+    assert [row.name for row, _ in listed] == [f"{number:05}" for number in range(documents)]
     written = {each.name: each.size for each in open_objects(url).listing("shards")}
     return sum(size for shard, size in written.items() if shard not in used) / sum(written.values())
 

@@ -225,5 +225,5 @@ def test_windows_that_do_not_fit_the_base_are_refused() -> None:
         HypernetworkWriter(HYPERNETWORK, rule=WindowRule(max_tokens=room + 1))
     with pytest.raises(ValueError, match="overlap of 8 do not fit"):
         HypernetworkWriter(HYPERNETWORK, rule=WindowRule(max_tokens=8, overlap=8))
-    with pytest.raises(ValueError, match="no tokenizer"):
+    with pytest.raises(ValueError, match="no tokenizer: save one beside its weights"):
         HypernetworkWriter(Hypernetwork(tiny_base(), SETTINGS))

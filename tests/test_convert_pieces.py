@@ -11,12 +11,17 @@ import pyarrow.parquet as pq
 import pytest
 from conversion import check_whole, numbered, tiny_recipe
 from stores import document
+from transformers import PreTrainedTokenizerBase
 
+from core.adapter_writing import WindowRule
 from core.objects import open_objects
 from core.store import Store
-from pipelines import sources
+from core.tokens import Tokens, read
+from pipelines import converter, sources
 from pipelines.convert_recipe import ConvertRecipe
-from pipelines.converter import Converter, prepare
+from pipelines.converter import Converter, prepare, prepare_for
+from pipelines.known_contents import KnownContents
+from pipelines.near_duplicates import BANDS
 from pipelines.pruning import PruneSettings, SeenNames
 from pipelines.receipts import Receipt, Summary, receipt_of
 from pipelines.run_files import FILE_RECEIPTS, RunFiles
@@ -30,9 +35,9 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> ConvertRecipe:
     return tiny_recipe(tmp_path_factory.mktemp("models"))
 
 
-def prepared(path: Path) -> pa.Table:
+def prepared(path: Path, known: KnownContents | None = None) -> pa.Table:
     [rows] = sources.read(sources.open_source(str(path), "acme", "docs"))
-    return prepare(rows, build_tokenizer())
+    return prepare(rows, build_tokenizer(), known)
 
 
 def receipt(name: str, reason: str | None = None) -> Receipt:
@@ -81,6 +86,94 @@ def test_equal_texts_share_an_adapter_across_workers_and_runs(recipe: ConvertRec
     [rows] = sources.read(sources.open_source(str(tmp_path / "0.jsonl"), "other", "docs"))
     assert Converter(url, other)(prepare(rows, build_tokenizer()))["status"].to_pylist() == ["converted", "shared"]
     assert store.refresh() and store.stats().adapters == 2
+
+
+@pytest.fixture
+def texts_read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The texts that are tokenised."""
+    texts: list[str] = []
+
+    def counted(tokenizer: PreTrainedTokenizerBase, text: str) -> Tokens:
+        texts.append(text)
+        return read(tokenizer, text)
+
+    monkeypatch.setattr(converter, "read", counted)
+    return texts
+
+
+def known_in(url: str, recipe: ConvertRecipe) -> KnownContents:
+    known = KnownContents.of(url, recipe.method, recipe.encoding)
+    assert known is not None
+    return known
+
+
+def test_a_rerun_tokenises_only_what_is_new(recipe: ConvertRecipe, tmp_path: Path, texts_read: list[str]) -> None:
+    """And says of every document what it would have said with its tokens."""
+    url, path = str(tmp_path / "store"), numbered(tmp_path, 6)
+    store, writer = Store.open(url, create=True), Converter(url, recipe)
+    assert KnownContents.of(url, recipe.method, recipe.encoding) is None, "nothing to look for in a new store"
+    assert Counter(writer(prepared(path))["status"].to_pylist()) == {"converted": 6}
+    lines = path.read_text().splitlines()
+    lines[1] = '{"id": "00001", "text": "Edited."}'
+    path.write_text("\n".join([*lines, lines[2].replace("00002", "moved"), '{"id": "new", "text": "New."}', '{"text": ""}']))
+    with_tokens = prepared(path)
+    texts_read.clear()
+    without = prepared(path, known_in(url, recipe))
+    assert texts_read == ["Edited.", "New."]
+    store.put([document("A live row.", "acme", "docs", "00003")])  # edited meanwhile: the row's own text is put again
+    receipts = writer(without).to_pylist()
+    assert texts_read == ["Edited.", "New."]
+    statuses = {row["name"]: row["status"] for row in receipts}
+    assert [name for name, status in statuses.items() if status == "unchanged"] == ["00000", "00002", "00004", "00005"]
+    assert [name for name, status in statuses.items() if status == "shared"] == ["00003", "moved"]
+    assert Counter(statuses.values()) == {"unchanged": 4, "shared": 2, "converted": 2, "rejected": 1}
+    again = [{**row, "read_at": 0} for row in writer(with_tokens).to_pylist()]
+    assert again == [{**row, "read_at": 0} for row in writer(prepared(path, known_in(url, recipe))).to_pylist()]
+    assert all(row["tokens"] > 0 and row["sketch"] for row in again if row["status"] == "unchanged")
+
+
+def test_a_wrong_guess_of_what_is_known_costs_time_alone(recipe: ConvertRecipe, tmp_path: Path, texts_read: list[str]) -> None:
+    """Adapters of another hypernetwork or encoding, of windows, or none any longer: the converter reads what it needs."""
+    url, path = str(tmp_path / "store"), numbered(tmp_path, 3)
+    Store.open(url, create=True)
+    Converter(url, recipe)(prepared(path))
+    known = known_in(url, recipe)
+    windows = WindowRule(max_tokens=4, long_documents="windows")
+    for other, adapters in ((recipe.model_copy(update={"windows": windows}), 5), (tiny_recipe(tmp_path, seed=1), 1)):
+        guessed = prepared(path, known)
+        assert guessed["ids"].null_count == 3
+        assert {*Converter(url, other)(guessed)["status"].to_pylist()} == {"converted"}
+        again = Converter(url, other)(guessed)
+        assert {*again["status"].to_pylist()} == {"unchanged"} and {*map(len, again["adapter_ids"].to_pylist())} == {adapters}
+    assert prepared(path, known)["ids"].null_count == 3, "by a producer that is new since the run began"
+    int8 = recipe.model_copy(update={"encoding": "int8"})
+    texts_read.clear()
+    assert KnownContents.of(url, int8.method, int8.encoding) is not None
+    assert {*Converter(url, int8)(prepared(path, known_in(url, int8)))["status"].to_pylist()} == {"converted"}
+    assert len(texts_read) == 3, "once, where they were prepared"
+    gone = str(tmp_path / "gone")
+    Store.open(gone, create=True)
+    assert {*Converter(gone, recipe)(prepared(path, known_in(url, recipe)))["status"].to_pylist()} == {"converted"}
+
+
+def test_only_what_a_new_producer_has_put_is_known(recipe: ConvertRecipe, tmp_path: Path) -> None:
+    url = str(tmp_path / "store")
+    Store.open(url, create=True)
+    [first, *others] = (prepared(numbered(tmp_path, 4)).slice(place, 1) for place in range(4))
+    Converter(url, recipe)(pa.concat_tables([first, *others]))
+    known, writer = known_in(url, recipe), Converter(url, tiny_recipe(tmp_path, seed=1))
+    assert prepared(tmp_path / "documents.jsonl", known)["ids"].null_count == 4
+    writer(first)
+    assert prepared(tmp_path / "documents.jsonl", known)["ids"].null_count == 1
+
+
+def test_sketches_are_left_out_where_nobody_asks_for_them(recipe: ConvertRecipe, tmp_path: Path) -> None:
+    [rows] = sources.read(sources.open_source(str(numbered(tmp_path, 2)), "acme", "docs"))
+    bare = recipe.model_copy(update={"run": recipe.run.model_copy(update={"near_duplicates": False})})
+    Store.open(tmp_path / "store", create=True)
+    for asked, count in ((recipe, BANDS), (bare, 0)):
+        receipts = Converter(str(tmp_path / "store"), asked)(prepare_for(rows, asked, None)).to_pylist()
+        assert [len(row["sketch"]) for row in receipts] == [count, count]
 
 
 def test_rows_that_come_again_keep_their_names() -> None:

@@ -31,11 +31,13 @@ from core.costs import Prices
 from core.hypernetwork import Hypernetwork, HypernetworkSettings
 from core.prompts import encode
 from core.tokens import read
-from pipelines.convert_recipe import ConvertRun
+from pipelines.convert_recipe import ConvertRecipe, ConvertRun
+from pipelines.plan_outcomes import took, where_planned
 from pipelines.plan_tables import duration, money, plan_tables, size, taken_table
-from pipelines.planning import PlanRecipe, load_plan_recipe, measured_rate, plan_conversion, read_plan, took
+from pipelines.planning import PlanRecipe, load_plan_recipe, measured_rate, plan_conversion, read_plan
 from pipelines.receipts import Summary, receipt_of
 from pipelines.reference import REFERENCE
+from pipelines.run_files import RunFiles
 from pipelines.world import WorldSpec, generate
 from pipelines.world_tokenizer import build_tokenizer
 from tests.models import tiny_base
@@ -285,13 +287,8 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
 def test_what_it_took_stands_beside_the_plan(tmp_path: Path) -> None:
     plan = plan_conversion(str(corpus(tmp_path, "files")), recipe("encoding=int8"), tmp_path / "plan.json")
     assert read_plan(tmp_path / "plan.json") == plan
-    summary = Summary(tmp_path / "rejects", convert_s=36.0)
-    row = {"name": "n", "source_bytes": 0, "read_at": 0.0}
-    for number in range(100):
-        made = {"adapter_ids": ["a"], "shard": f"shard-{number // 50}", "bytes": 50_000, "tokens": 200}
-        summary.add(receipt_of(row, "converted", None, **made))
-    summary.add(receipt_of(row, "rejected", "empty"))
-    on_cpu, on_gpu = took(plan, summary, ConvertRun(actors=4)), took(plan, summary, ConvertRun(actors=2, device="cuda"))
+    figures = summary_of(100).figures()
+    on_cpu, on_gpu = took(plan, figures, ConvertRun(actors=4)), took(plan, figures, ConvertRun(actors=2, device="cuda"))
     for taken in (on_cpu, on_gpu):
         assert (taken.volume.documents, taken.volume.rejected, taken.volume.tokens, taken.shards) == (100, 1, 20_000, 2)
         assert taken.adapter_bytes == 5e6 and taken.tokens_saved == 200
@@ -302,7 +299,53 @@ def test_what_it_took_stands_beside_the_plan(tmp_path: Path) -> None:
     assert "planned" in text and "took" in text and f"{len(DOCUMENTS):,}" in text and "36 s" in text
     assert "of CPU processes" in shown(taken_table(plan, on_cpu), 160)
     with pytest.raises(ValueError, match="no document was converted"):
-        actual(plan, 0, 1, 0, 0, 0, 0, 1.0, 1, "CPU")
+        actual(plan, 0, 1, 0, 0, 0, 0, 0, 1.0, 1, "CPU")
+
+
+def test_a_run_says_itself_what_was_planned_and_what_it_took(tmp_path: Path) -> None:
+    """By its own source, recipe and hardware; prices and assumptions are for the asking."""
+    ran_by = ConvertRecipe.model_validate(
+        {**{name: str(REFERENCE / name) for name in ("base", "hypernetwork")}, "run": {"device": "cuda", "actors": 3}}
+    )
+    about = {"source": str(corpus(tmp_path, "rows")), "recipe": ran_by.model_dump(mode="json")}
+    files = RunFiles(str(tmp_path / "store"), about)
+    assert "no folder of a run that has finished" in failed("--run", files.url)
+    files.finish(summary_of(100, unchanged=500).figures())
+    ran = CliRunner(env={"COLUMNS": "100"}).invoke(imprint.app, ["plan", "convert", "--run", files.url])
+    assert ran.exit_code == 0, ran.output
+    assert where_planned(summary_of(1), ran_by) == ["beside its plan: imprint plan convert --run receipts"]
+    assert where_planned(summary_of(0), ran_by) == []
+    lines = {line.partition("  ")[0].strip(): line.split() for line in ran.output.splitlines()}
+    assert lines["documents"] == ["documents", "600", "100", "beside", "500", "that", "had", "adapters", "already"]
+    assert lines["by the clock"][5:9] == ["36", "s", "3", "GPUs:"] and "0.06" not in lines["USD for GPUs"]
+    dearer = CliRunner(env={"COLUMNS": "100"}).invoke(
+        imprint.app, ["plan", "convert", "--run", files.url, "--set", "prices.gpu_hour=6"]
+    )
+    assert dearer.exit_code == 0 and "at 6 an hour" in dearer.output
+    idle = RunFiles(str(tmp_path / "store"), about)
+    idle.finish(summary_of(0, unchanged=600).figures())
+    assert "converted no document" in failed("--run", idle.url)
+    for arguments in ([], [str(tmp_path), "--run", files.url], ["--run", files.url, "--recipe", "recipe.toml"]):
+        assert "give a source, or" in failed(*arguments)
+
+
+def failed(*arguments: str) -> str:
+    ran = CliRunner().invoke(imprint.app, ["plan", "convert", *arguments])
+    assert ran.exit_code == 2, ran.output
+    return " ".join(ran.output.split())
+
+
+def summary_of(converted: int, unchanged: int = 0) -> Summary:
+    """Of a run of 36 s that rejected one document."""
+    summary = Summary("receipts", convert_s=36.0)
+    row = {"name": "n", "source_bytes": 0, "read_at": 0.0}
+    for number in range(converted):
+        made = {"adapter_ids": ["a"], "shard": f"shard-{number // 50}", "bytes": 50_000, "tokens": 200}
+        summary.add(receipt_of(row, "converted", None, **made))
+    for _ in range(unchanged):
+        summary.add(receipt_of(row, "unchanged", None, tokens=200))
+    summary.add(receipt_of(row, "rejected", "empty"))
+    return summary
 
 
 def test_tables_fit_the_terminal(qwen3_8b: Path) -> None:
@@ -310,6 +353,11 @@ def test_tables_fit_the_terminal(qwen3_8b: Path) -> None:
     for width in (100, 160):
         assert max(map(len, shown(plan_tables(plan, "s3://bucket/corpus"), width).splitlines())) <= width
     assert "…" not in shown(plan_tables(plan, "s3://bucket/corpus"), 100)
+    run = ConvertRun(actors=64, device="cuda")
+    plan = planned(qwen3_8b, volume(9999, 1000), gpus=64)
+    taken = took(plan, {**summary_of(9999).figures(), "tokens": 9_999_999, "convert_s": 99_999}, run)
+    lines = shown(taken_table(plan, taken), 100).splitlines()
+    assert max(map(len, lines)) <= 100 and len(lines) == len(shown(taken_table(plan, taken), 160).splitlines())
 
 
 def test_figures_as_people_read_them() -> None:

@@ -379,7 +379,7 @@ def test_unfit_settings_are_refused() -> None:
     base = base_of()
     with pytest.raises(ValueError, match="256 positions"):
         Lift(base, settings_of(curriculum={"reading": Reading(segment_tokens=300)}))
-    with pytest.raises(ValueError, match="no tokenizer"):
+    with pytest.raises(ValueError, match="no tokenizer: save one beside its weights"):
         Lift(BaseModel(base.model), settings_of())
     lift = Lift(base, settings_of(), LiftRun(slots=1))
     lift.submit(job_of(0))

@@ -210,7 +210,7 @@ def test_adapters_come_by_window_and_producer(tmp_path: Path) -> None:
     assert Store.open(tmp_path).producers() == {PRODUCER.fingerprint: PRODUCER, other.fingerprint: other}
 
 
-def test_listing_pages_in_a_stable_order(tmp_path: Path) -> None:
+def test_listing_pages_in_a_stable_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store.open(tmp_path, create=True)
     names = [(c, f"{p}{i}") for c in ("a", "b", "d") for p in ("x/", "y/", "z") for i in range(4)]
     store.put([document(name=name, collection=place) for place, name in reversed(names)])
@@ -231,11 +231,27 @@ def test_listing_pages_in_a_stable_order(tmp_path: Path) -> None:
         assert pages(limit=limit, collection="d", prefix="z3") == [("d", "z3")]
         assert pages(limit=limit, prefix="absent") == pages(limit=limit, collection="c") == []
 
+    monkeypatch.setattr("core.store.MAX_PAGE", 5)
+    for which in ({}, {"collection": "b"}, {"prefix": "y/"}, {"collection": "c"}):
+        assert [(row.collection, row.name) for row, _ in store.each_document("tenant", **which)] == pages(**which)
+
     first = store.list_documents("tenant", limit=3)
     store.put([document(collection="a", name="x/00"), document(collection="a", name="x/20")])
     store.delete_document("tenant", *names[2])
     then = store.list_documents("tenant", limit=3, page_token=first.next_token)
     assert [row.name for row in then.rows] == ["x/20", "x/3", "y/0"]
+
+
+def test_each_document_comes_with_its_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all pages; documents of one text share them, and what was deleted does not come."""
+    monkeypatch.setattr("core.store.MAX_PAGE", 2)
+    store, texts = Store.open(tmp_path, create=True), {"a": "one", "b": "two", "c": "one", "d": "three", "e": "two"}
+    documents = [document(text, name=name) for name, text in texts.items()]
+    store.put(documents, [adapter(documents[0], window=Window(3, 6)), adapter(documents[0]), adapter(documents[1])])
+    store.delete_document("tenant", "c", "b")
+    came = {row.name: [each.window for each in adapters] for row, adapters in store.each_document("tenant")}
+    assert came == {"a": [(0, 3), (3, 6)], "c": [(0, 3), (3, 6)], "d": [], "e": [(0, 3)]}
+    assert list(store.each_document("nobody")) == []
 
 
 @pytest.mark.parametrize("token", ["", "?", "e30=", "WzEsMl0=", "WyJhIl0=", "é", "W" * 1000])
