@@ -15,33 +15,39 @@ from typing import Any
 
 from benchmarks.lift_setup import Reference, reference
 from benchmarks.record import RESULTS, write_result
+from core.adapter import AdapterWeights
 from core.adapter_writing import WindowRule
+from core.base_model import tokenizer_of
 from core.lora import stack
 from core.metrics import mean_interval
 from core.tokens import read
-from pipelines.asking import Asker, evaluating, tokenizer_of
-from pipelines.lift_evaluation import LiftEvaluationSettings, Sheet, by_document
+from pipelines.asking import Asker, evaluating
+from pipelines.lift_evaluation import LiftEvaluationSettings, Sheet, Shown, by_document
 from pipelines.lifting import shine_adapters
 from pipelines.long_documents import long_documents
 from pipelines.plots import Curves, curves
 
 PARTS = (1, 2, 4, 8, 14)
 RANKS = (4, 8, 16, 32)
-SHOWN = {"question_only": "nothing", "passage_in_context": "passage", "in_context": "truncated"}
+SHOWN: dict[str, Shown] = {"question_only": "nothing", "passage_in_context": "passage", "in_context": "truncated"}
 
 
 def measure(models: Reference, parts: int, documents: int, ranks: Sequence[int], seed: int) -> dict[str, Any]:
     """Exact match on documents of so many parts, and how many windows they were read in."""
     texts, settings = long_documents(documents, parts, seed), LiftEvaluationSettings()
     sheet, asker = Sheet(models.base, texts, settings), Asker(models.base, settings.run)
-    asked = {name: (sheet.shown(kind), None) for name, kind in SHOWN.items()}
-    asked |= {f"rank_{rank}": (sheet.shown("nothing"), shine_adapters(models.hypernetwork, texts, None, rank)) for rank in ranks}
     found: dict[str, Any] = {}
+
+    def ask(name: str, shown: Shown, weights: AdapterWeights | None = None) -> None:
+        rows = None if weights is None else sheet.document_of
+        scores = asker.score(*sheet.shown(shown), sheet.golds, sheet.answer_tokens, weights, rows)
+        found[name] = mean_interval(by_document(sheet, scores.exact_match))._asdict()
+
     with evaluating(models.base.model):
-        for name, ((prompts, examples), adapters) in asked.items():
-            weights, rows = (None, None) if adapters is None else (stack(adapters), sheet.document_of)
-            scores = asker.score(prompts, examples, sheet.golds, sheet.answer_tokens, weights, rows)
-            found[name] = mean_interval(by_document(sheet, scores.exact_match))._asdict()
+        for name, shown in SHOWN.items():
+            ask(name, shown)
+        for rank in ranks:
+            ask(f"rank_{rank}", "nothing", stack(shine_adapters(models.hypernetwork, texts, None, rank)))
     longest = WindowRule().longest(models.base.max_length, len(models.hypernetwork.memory_MH), models.hypernetwork.trained_tokens)
     tokens = [read(tokenizer_of(models.base), text.text) for text in texts]
     windows = [len(WindowRule().covers(each, longest)) for each in tokens]

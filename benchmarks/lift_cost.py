@@ -30,7 +30,7 @@ import torch
 
 from benchmarks.lift_setup import settings
 from benchmarks.record import RESULTS, ROOT, write_result
-from core.base_model import BaseModel, load_base
+from core.base_model import BaseModel, load_base, tokenizer_of
 from core.engine import Engine, Request
 from core.examples import QuestionAnswer
 from core.lift import Job, train
@@ -48,8 +48,7 @@ LIFT = settings((1, ("questions",)), rank=RANK, examples_per_step=EXAMPLES_PER_S
 
 
 def words(base: BaseModel, count: int, seed: int = 0) -> list[str]:
-    assert base.tokenizer is not None
-    known = sorted(word for word in base.tokenizer.get_vocab() if word.isalpha())
+    known = sorted(word for word in tokenizer_of(base).get_vocab() if word.isalpha())
     return random.Random(seed).choices(known, k=count)
 
 
@@ -75,8 +74,7 @@ def measure(method: str, length: int) -> dict[str, float]:
     """One measurement, in this process."""
     base = load_base(REFERENCE / "base")
     base.model.config.max_position_embeddings = max(length + 4 * DECODED, base.max_length)
-    assert base.tokenizer is not None
-    question = prompt(base.tokenizer, [{"role": "user", "content": " ".join(words(base, QUESTION_WORDS))}])
+    question = prompt(tokenizer_of(base), [{"role": "user", "content": " ".join(words(base, QUESTION_WORDS))}])
     answer(base, question)
     before, training_s, adapter, ids = peak_bytes(), 0.0, None, question
     if method == "in_context":

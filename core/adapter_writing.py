@@ -244,7 +244,7 @@ class HypernetworkWriter(AdapterWriter):
             done: list[tuple[int, Outcome]] = []
             for unit, part in zip(batch, made or [_OUT_OF_MEMORY] * len(batch), strict=True):
                 place, window = units[unit]
-                parts[place][window] = part.clone() if isinstance(part, Tensor) and wanted[place] > 1 else part
+                parts[place][window] = part.to("cpu", copy=True) if isinstance(part, Tensor) and wanted[place] > 1 else part
                 if len(parts[place]) == wanted[place]:
                     done.append((place, self._finish(documents[place], len(tokens[place].ids), parts.pop(place))))
             yield from done if self._gate is None else self._gated(self._gate, done, tokens)
@@ -260,16 +260,21 @@ class HypernetworkWriter(AdapterWriter):
 
     @torch.inference_mode()
     def _generate(self, ids: Sequence[Sequence[int]]) -> list[Tensor | str]:
-        """flat_N on the CPU for each window, or what is wrong with it."""
-        device, longest = self._hypernetwork.base.device, max(map(len, ids))
+        """flat_N for each window, or what is wrong with it.
+
+        Over a base in bf16 all matrix products are in bf16, M2P's between its fp32 norms, too: in fp32 it would take most of the
+        time. A window that is its whole document stays on the device, where `codec.encode` casts it.
+        """
+        base, longest = self._hypernetwork.base, max(map(len, ids))
         ids_BT = torch.zeros(len(ids), longest, dtype=torch.int64)
         mask_BT = torch.zeros_like(ids_BT)
         for row, tokens in enumerate(ids):
             ids_BT[row, longest - len(tokens) :] = torch.as_tensor(tokens)
             mask_BT[row, longest - len(tokens) :] = 1
-        weights = self._hypernetwork.generate(ids_BT.to(device), mask_BT.to(device))
-        flat_BN, norms = weights.flat_BN.cpu(), delta_norms(weights).tolist()
-        return [_UNUSABLE if _fault(norm) else flat_N for flat_N, norm in zip(flat_BN, norms, strict=True)]
+        with torch.autocast(base.device.type, torch.bfloat16, enabled=base.dtype == torch.bfloat16):
+            weights = self._hypernetwork.generate(ids_BT.to(base.device), mask_BT.to(base.device))
+        norms = delta_norms(weights).tolist()
+        return [_UNUSABLE if _fault(norm) else flat_N for flat_N, norm in zip(weights.flat_BN, norms, strict=True)]
 
     @torch.inference_mode()
     def _finish(self, document: Document, length: int, made: dict[Window, Tensor | str]) -> Outcome:

@@ -19,8 +19,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from core.adapter import AdapterWeights
-from core.base_model import BaseModel
-from core.base_model import tokenizer_of as tokenizer_of
+from core.base_model import BaseModel, tokenizer_of
 from core.config import RunSection
 from core.engine import Request, generate
 from core.examples import DEFAULT_LIMITS, Example, collate, in_context_example, question_answers, question_examples

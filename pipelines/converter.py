@@ -15,6 +15,7 @@ A document that is there costs 0.2 ms of a core if it has 100 tokens and 0.4 ms 
 
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from itertools import chain, islice
 from typing import Any, NamedTuple
@@ -156,11 +157,13 @@ _Pending = tuple[list[_Entry], Outcome]
 
 
 class Converter:
-    """One writer with its loaded models, one open store. in_store: see `convert.Corpus`."""
+    """One writer with its loaded models, one open store. in_store: see `convert.Corpus`. writer: the recipe's, opened."""
 
-    def __init__(self, store_url: str, recipe: ConvertRecipe, in_store: bool = False) -> None:
+    def __init__(
+        self, store_url: str, recipe: ConvertRecipe, in_store: bool = False, writer: AdapterWriter | None = None
+    ) -> None:
         torch.set_num_threads(recipe.run.threads)
-        self._writer = open_writer(recipe)
+        self._writer = writer or open_writer(recipe)
         self._store = Store.open(store_url)
         self._in_store = in_store
         self._shard_bytes, self._commit_s = recipe.run.shard_bytes, recipe.run.commit_s
@@ -224,20 +227,30 @@ class Converter:
         return [(*_content(entry.document), each) for each in ids]
 
     def _write(self, same_content: list[list[_Entry]]) -> Iterator[pa.Table]:
-        """Makes the adapters of each content once, and commits whenever a shard is full or its time has come."""
+        """Makes the adapters of each content once, and commits whenever a shard is full or its time has come.
+
+        A thread commits while the next adapters are made, so that a GPU does not wait for hashes and disks. One commit is under
+        way at a time: in memory are its bytes and those of the next.
+        """
         pending: list[_Pending] = []
-        pending_bytes, committed = 0, time.monotonic()
+        pending_bytes, begun = 0, time.monotonic()
+        committing: Future[pa.Table] | None = None
         first = [entries[0] for entries in same_content]
         tokens = [entry.tokens for entry in first if entry.tokens is not None]
         assert len(tokens) == len(first), "what has no tokens is not missing"
         outcomes = self._writer.write_each([entry.document for entry in first], tokens)
-        for place, outcome in outcomes:
-            pending.append((same_content[place], outcome))
-            if isinstance(outcome, Written):
-                pending_bytes += sum(len(adapter.vector) for adapter in outcome.adapters)
-            if pending_bytes >= self._shard_bytes or time.monotonic() - committed >= self._commit_s:
-                yield self._commit(pending)
-                pending, pending_bytes, committed = [], 0, time.monotonic()
+        with ThreadPoolExecutor(1, "commit") as thread:
+            for place, outcome in outcomes:
+                pending.append((same_content[place], outcome))
+                if isinstance(outcome, Written):
+                    pending_bytes += sum(len(adapter.vector) for adapter in outcome.adapters)
+                if pending_bytes >= self._shard_bytes or time.monotonic() - begun >= self._commit_s:
+                    if committing is not None:
+                        yield committing.result()
+                    committing = thread.submit(self._commit, pending)
+                    pending, pending_bytes, begun = [], 0, time.monotonic()
+            if committing is not None:
+                yield committing.result()
         if pending:
             yield self._commit(pending)
 

@@ -30,13 +30,13 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from core import adapter_files
-from core.base_model import BaseModel, load_base
+from core.base_model import BaseModel, load_base, tokenizer_of
 from core.examples import Batch, collate
 from core.hypernetwork import Hypernetwork
 from core.lift_forms import form_of
 from core.lora import LoraWeights, merged
 from core.objectives import hypernetwork_loss, language_loss
-from pipelines.asking import pad_id, tokenizer_of
+from pipelines.asking import pad_id
 from pipelines.evaluate import validation_accuracy
 from pipelines.feed import Position, to_examples
 from pipelines.recipe import BaseRecipe, HypernetworkRecipe, PreLiftRecipe, Recipe, read_recipe
@@ -174,8 +174,7 @@ def _frozen_base(recipe: HypernetworkRecipe | PreLiftRecipe) -> BaseModel:
 
 def _save_base(base: BaseModel, directory: Path) -> None:
     base.model.save_pretrained(directory)
-    assert base.tokenizer is not None
-    base.tokenizer.save_pretrained(directory)
+    tokenizer_of(base).save_pretrained(directory)
 
 
 Learner = BaseLearner | HypernetworkLearner | PreLiftLearner

@@ -176,6 +176,18 @@ def test_a_failing_document_is_rejected_alone() -> None:
         torch.testing.assert_close(vectors(outcome)[0], alone(tokens).flat_BN[0], rtol=1e-5, atol=1e-5)
 
 
+def test_over_a_bf16_base_all_products_are_in_bf16_and_adapters_little_different() -> None:
+    exact, rounded = tiny_hypernetwork(), tiny_hypernetwork()
+    rounded.base.model.to(torch.bfloat16)
+    seen: list[torch.dtype] = []
+    rounded.m2p.transformer_layers[0].linear1.register_forward_hook(lambda *given: seen.append(given[2].dtype))
+    texts = [document("A text of some words."), document("Another one, which is a little longer than the first.")]
+    outcomes = [HypernetworkWriter(each, "fp32").write(texts) for each in (exact, rounded)]
+    assert seen == [torch.bfloat16]
+    for expected, got in zip(*(map(vectors, each) for each in outcomes), strict=True):
+        assert 0 < (got - expected).norm() < 0.05 * expected.norm()
+
+
 def test_a_zero_delta_is_rejected() -> None:
     hypernetwork = tiny_hypernetwork()
     hypernetwork.gain_K.zero_()

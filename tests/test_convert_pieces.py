@@ -3,8 +3,10 @@
 import json
 import threading
 from collections import Counter
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,8 +15,9 @@ from conversion import check_whole, numbered, tiny_recipe
 from stores import document
 from transformers import PreTrainedTokenizerBase
 
-from core.adapter_writing import WindowRule
+from core.adapter_writing import Outcome, WindowRule
 from core.objects import open_objects
+from core.puts import PutResult
 from core.store import Store
 from core.tokens import Tokens, read
 from pipelines import converter, sources
@@ -86,6 +89,39 @@ def test_equal_texts_share_an_adapter_across_workers_and_runs(recipe: ConvertRec
     [rows] = sources.read(sources.open_source(str(tmp_path / "0.jsonl"), "other", "docs"))
     assert Converter(url, other)(prepare(rows, build_tokenizer()))["status"].to_pylist() == ["converted", "shared"]
     assert store.refresh() and store.stats().adapters == 2
+
+
+def test_adapters_are_made_while_others_are_committed(
+    recipe: ConvertRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first commit waits for an adapter of the third; and one that fails ends the buffer with its own error."""
+    url, rows = str(tmp_path / "store"), prepared(numbered(tmp_path, 6))
+    Store.open(url, create=True)
+    recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"shard_bytes": 1})})
+    converter, third = Converter(url, recipe), threading.Event()
+    write_each, put, waited = converter._writer.write_each, Store.put, list[bool]()
+
+    def making(*given: Any) -> Iterator[tuple[int, Outcome]]:
+        for number, outcome in enumerate(write_each(*given)):
+            if number == 2:
+                third.set()
+            yield outcome
+
+    def putting(*given: Any) -> PutResult:
+        waited.append(third.wait(20))
+        return put(*given)
+
+    monkeypatch.setattr(converter._writer, "write_each", making)
+    monkeypatch.setattr(Store, "put", putting)
+    assert converter(rows)["status"].to_pylist() == ["converted"] * 6
+    assert waited == [True] * 6 and check_whole(url, 6) == 0
+
+    def failing(*given: Any) -> PutResult:
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(Store, "put", failing)
+    with pytest.raises(OSError, match="disk is full"):
+        Converter(url, recipe.model_copy(update={"encoding": "int8"}))(rows)
 
 
 @pytest.fixture
