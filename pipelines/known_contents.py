@@ -8,12 +8,16 @@ to the store, the guess is right from its first commit on, as then only what it 
 Cost: a listing and a look-up a block. Each process that asks has the store open, with `CACHE_BYTES` of rows at most.
 """
 
+import logging
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
 from core.codec import Encoding
+from core.manifest import StoreError
 from core.store import Store
+
+log = logging.getLogger(__name__)
 
 CACHE_BYTES = 2**26
 
@@ -33,14 +37,19 @@ class KnownContents(NamedTuple):
         return cls(store_url, method, encoding, before) if before else None
 
     def among(self, contents: Sequence[tuple[str, str]]) -> set[tuple[str, str]]:
-        """Those of (tenant, content hash) that probably need not be read."""
-        store = opened(self.store_url)
-        store.refresh()
-        producers = _of_method(store, self.method)
+        """Those of (tenant, content hash) that probably need not be read; none where the store is out of reach, as on a node that
+        only prepares."""
+        try:
+            store = opened(self.store_url)
+            store.refresh()
+            producers, found = _of_method(store, self.method), store.find_adapters_of(contents)
+        except (StoreError, OSError) as error:
+            log.warning("documents are read whether or not they are in %s: %s", self.store_url, error)
+            return set()
         wanted = producers - self.before or producers
         return {
             content
-            for content, adapters in store.find_adapters_of(contents).items()
+            for content, adapters in found.items()
             if any(row.producer_fingerprint in wanted and row.encoding == self.encoding for row in adapters)
         }
 

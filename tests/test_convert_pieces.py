@@ -187,6 +187,8 @@ def test_a_wrong_guess_of_what_is_known_costs_time_alone(recipe: ConvertRecipe, 
     assert KnownContents.of(url, int8.method, int8.encoding) is not None
     assert {*Converter(url, int8)(prepared(path, known_in(url, int8)))["status"].to_pylist()} == {"converted"}
     assert len(texts_read) == 3, "once, where they were prepared"
+    out_of_reach = known._replace(store_url=str(tmp_path / "elsewhere"))
+    assert prepared(path, out_of_reach)["ids"].null_count == 0
     gone = str(tmp_path / "gone")
     Store.open(gone, create=True)
     assert {*Converter(gone, recipe)(prepared(path, known_in(url, recipe)))["status"].to_pylist()} == {"converted"}
