@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, Qwen3Config
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, Qwen3Config
 
 from benchmarks.record import RESULTS, write_result
 from core.base_model import BaseModel
@@ -34,14 +34,17 @@ SHAPES: dict[str, dict[str, Any]] = {
 ROWS = (1, 8, 64)
 
 
-def build(shape: str, device: str) -> Hypernetwork:
+def build(shape: str, device: str, tokenizer: PreTrainedTokenizerBase | None = None) -> Hypernetwork:
     """A random base in bf16 and its hypernetwork in SHINE's sizes (H / 128 heads, feed-forward 2 H, rank 8, Meta LoRA 128)."""
-    config = Qwen3Config(**COMMON | SHAPES[shape], tie_word_embeddings=shape != "8b")
+    sizes = COMMON | SHAPES[shape]
+    if tokenizer is not None:
+        sizes["vocab_size"] = max(sizes["vocab_size"], len(tokenizer))
+    config = Qwen3Config(**sizes, tie_word_embeddings=shape != "8b")
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     hidden = config.hidden_size
     settings = HypernetworkSettings(num_heads=hidden // 128, feed_forward=2 * hidden, input_norm="rms", initial_delta=0.05)
-    return Hypernetwork(BaseModel(model), settings)
+    return Hypernetwork(BaseModel(model, tokenizer), settings)
 
 
 def median_s(run: Callable[[], object], rounds: int, device: torch.device) -> dict[str, float]:
@@ -69,13 +72,18 @@ def generation(hypernetwork: Hypernetwork, rows: int, tokens: int, rounds: int, 
             hypernetwork.generate(ids, mask)
 
     timing = median_s(run, rounds, device)
+    seconds = timing["median_s"]
+    mfu = operations(hypernetwork, rows, tokens) / seconds / (peak_tflops * 1e12)
+    return timing | {"documents_per_s": rows / seconds, "mfu": mfu}
+
+
+def operations(hypernetwork: Hypernetwork, rows: int, tokens: int) -> int:
+    """Of the matrix products of `rows` documents of `tokens` tokens."""
     base_weights = sum(linear.weight.numel() for linear in hypernetwork.base.linears.values())
-    meta = hypernetwork.meta_spec.numel
     memory = len(hypernetwork.memory_MH)
     m2p = sum(p.numel() for p in hypernetwork.m2p.transformer_layers.parameters())
-    operations = 2 * rows * ((tokens + memory) * (base_weights + meta) + memory * len(hypernetwork.base.layers) * m2p)
-    seconds = timing["median_s"]
-    return timing | {"documents_per_s": rows / seconds, "mfu": operations / seconds / (peak_tflops * 1e12)}
+    read = (tokens + memory) * (base_weights + hypernetwork.meta_spec.numel)
+    return 2 * rows * (read + memory * len(hypernetwork.base.layers) * m2p)
 
 
 def training(hypernetwork: Hypernetwork, rows: int, tokens: int, rounds: int) -> dict[str, float]:

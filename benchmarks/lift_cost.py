@@ -78,7 +78,7 @@ def measure(method: str, length: int) -> dict[str, float]:
     answer(base, question)
     before, training_s, adapter, ids = peak_bytes(), 0.0, None, question
     if method == "in_context":
-        text = encode(base.tokenizer, " ".join(words(base, 2 * length)))[:length]
+        text = encode(tokenizer_of(base), " ".join(words(base, 2 * length)))[:length]
         ids = [*text, *question]
     else:
         count = max(length // SENTENCE_TOKENS, 1)

@@ -6,7 +6,7 @@ from datetime import date
 
 import torch
 
-from benchmarks import gpu
+from benchmarks import gpu, gpu_conversion
 from benchmarks.record import ROOT, hardware, write_result
 
 
@@ -30,3 +30,11 @@ def test_the_gpu_benchmark_runs_on_a_cpu(tmp_path):
     assert {"1_rows_0_adapters", "8_rows_8_adapters", "64_rows_64_adapters"} <= result["answering"].keys()
     for kind, rate in (("generation", "documents_per_s"), ("training", "documents_per_s"), ("answering", "tokens_per_s")):
         assert all(timing[rate] > 0 for timing in result[kind].values())
+
+
+def test_the_gpu_conversion_runs_on_a_cpu(tmp_path):
+    small = ["--device", "cpu", "--shape", "tiny", "--documents", "10", "--document-tokens", "60", "--buffer-documents", "4"]
+    gpu_conversion.main([*small, "--output", str(tmp_path)])
+    result = json.loads((tmp_path / "gpu_conversion_tiny.json").read_text())
+    assert 0 < result["share_of_bare"] < 1.5 and result["documents_per_s"] > 0 < result["written_mb_per_s"]
+    assert not result["bar"]["passed"] and 0 < result["bar"]["value"] < result["bare_mfu"] * 1.5

@@ -94,21 +94,21 @@ def test_equal_texts_share_an_adapter_across_workers_and_runs(recipe: ConvertRec
 def test_adapters_are_made_while_others_are_committed(
     recipe: ConvertRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first commit waits for an adapter of the third; and one that fails ends the buffer with its own error."""
+    """The first commit waits until the next adapter is made; and one that fails ends the buffer with its own error."""
     url, rows = str(tmp_path / "store"), prepared(numbered(tmp_path, 6))
     Store.open(url, create=True)
     recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"shard_bytes": 1})})
-    converter, third = Converter(url, recipe), threading.Event()
+    converter, another = Converter(url, recipe), threading.Event()
     write_each, put, waited = converter._writer.write_each, Store.put, list[bool]()
 
     def making(*given: Any) -> Iterator[tuple[int, Outcome]]:
         for number, outcome in enumerate(write_each(*given)):
-            if number == 2:
-                third.set()
+            if number == 1:
+                another.set()
             yield outcome
 
     def putting(*given: Any) -> PutResult:
-        waited.append(third.wait(20))
+        waited.append(another.wait(20))
         return put(*given)
 
     monkeypatch.setattr(converter._writer, "write_each", making)
