@@ -54,7 +54,8 @@ _URL = re.compile(r"s3://([A-Za-z0-9][A-Za-z0-9._-]{1,254})(?:/([^\x00-\x1f]*))?
 _ABSENT, _REFUSED, _OUTSIDE = 404, 412, 416
 _TRANSIENT_STATUS = {408, 409, 429}
 _NOT_IMPLEMENTED = 501
-_TRANSIENT_CODES = {"BadDigest", "IncompleteBody", "InternalError", "RequestTimeout", "ServiceUnavailable", "SlowDown"}
+_DAMAGED_BODY = {"BadDigest", "IncompleteBody", "XAmzContentSHA256Mismatch"}
+_TRANSIENT_CODES = _DAMAGED_BODY | {"InternalError", "RequestTimeout", "ServiceUnavailable", "SlowDown"}
 _EXPIRED = {"ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired"}
 _CUT = (
     exceptions.ConnectionError,

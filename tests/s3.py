@@ -48,6 +48,7 @@ class Fault:
 SLOW_DOWN = Fault("error", 503, "SlowDown")
 INTERNAL_ERROR = Fault("error", 500, "InternalError", message="")  # as Ceph has it
 INTERNAL_ERROR_APPLIED = Fault("error", 500, "InternalError", applied=True)
+MISMATCH = Fault("error", 400, "XAmzContentSHA256Mismatch", message="")  # so AWS and Ceph call a changed body over plain HTTP
 EXPIRED = Fault("error", 400, "ExpiredToken")
 DENIED = Fault("error", 403, "AccessDenied")
 CUT_BEFORE = Fault("cut")
@@ -55,7 +56,7 @@ CUT_AFTER = Fault("cut", applied=True)
 CUT_WITHIN = Fault("cut", applied=True, sent=0.5)
 DELAY = Fault("delay", delay_s=0.05)
 DAMAGE = Fault("damage")
-PASSING = (SLOW_DOWN, INTERNAL_ERROR, INTERNAL_ERROR_APPLIED, CUT_BEFORE, CUT_AFTER, CUT_WITHIN, DELAY, DAMAGE)
+PASSING = (SLOW_DOWN, INTERNAL_ERROR, INTERNAL_ERROR_APPLIED, MISMATCH, CUT_BEFORE, CUT_AFTER, CUT_WITHIN, DELAY, DAMAGE)
 
 
 class Asked(NamedTuple):
