@@ -8,6 +8,8 @@ ListBucketMultipartUploads.
 
 An exclusive `create` is one PUT with `If-None-Match: *`, the only conditional write that AWS, Ceph and moto all enforce: Ceph
 ignores it when a multipart upload is completed. A lost answer is asked again, and a refusal is settled by reading what is there.
+Where a bucket keeps versions, Ceph 16 lets everyone win, as other servers do anywhere. So the first object that a process has
+created is created again, which must be refused: else two writers would lose each other's commits, and `StoreError` says so.
 
 It speaks to botocore, whose requests go out once. s3fs and aiobotocore send a PUT again by themselves after a cut connection
 (aiohttp counts PUT as idempotent), and s3fs turns the server's codes into plain OSErrors. Every request is tried `attempts`
@@ -43,7 +45,7 @@ from botocore.session import Session
 from pydantic import Field
 
 from core.config import RunSection
-from core.manifest import MissingObject
+from core.manifest import MissingObject, StoreError
 from core.objects import Listed, Objects, StorageError, checked_folder, checked_name, cut_short, is_file_name, is_name, missing
 
 PARTS_IN_FLIGHT = 4
@@ -54,7 +56,8 @@ _URL = re.compile(r"s3://([A-Za-z0-9][A-Za-z0-9._-]{1,254})(?:/([^\x00-\x1f]*))?
 _ABSENT, _REFUSED, _OUTSIDE = 404, 412, 416
 _TRANSIENT_STATUS = {408, 409, 429}
 _NOT_IMPLEMENTED = 501
-_TRANSIENT_CODES = {"BadDigest", "IncompleteBody", "InternalError", "RequestTimeout", "ServiceUnavailable", "SlowDown"}
+_DAMAGED_BODY = {"BadDigest", "IncompleteBody", "XAmzContentSHA256Mismatch"}
+_TRANSIENT_CODES = _DAMAGED_BODY | {"InternalError", "RequestTimeout", "ServiceUnavailable", "SlowDown"}
 _EXPIRED = {"ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired"}
 _CUT = (
     exceptions.ConnectionError,
@@ -113,6 +116,7 @@ class S3Objects(Objects):
         self._settings = settings or S3Settings()
         self.url = f"s3://{self._bucket}/{prefix}".rstrip("/")
         self._connection = self._connect()
+        self._enforced = set[bool]()
 
     def __reduce__(self) -> tuple[type["S3Objects"], tuple[str, S3Settings]]:
         return S3Objects, (self.url, self._settings)
@@ -170,7 +174,7 @@ class S3Objects(Objects):
     def create(self, name: str, data: bytes) -> bool:
         for _ in range(self._settings.attempts):
             try:
-                self._put(name, data, IfNoneMatch="*")
+                self._check_enforced(name, data, self._put(name, data, IfNoneMatch="*"))
                 return True
             except ClientError:
                 with suppress(MissingObject):  # removed since
@@ -266,10 +270,32 @@ class S3Objects(Objects):
             raise cut_short(name, size, offset, length)
         return size
 
-    def _put(self, name: str, data: bytes, **condition: str) -> None:
+    def _check_enforced(self, name: str, data: bytes, made: dict[str, Any]) -> None:
+        """Once for a bucket that keeps versions and once for one that does not: whether what exists can be created again.
+
+        If so, what this process has made is taken away.
+        """
+        keeps_versions = "VersionId" in made
+        if keeps_versions in self._enforced:
+            return
+        try:
+            again = self._put(name, data, IfNoneMatch="*")
+        except ClientError:
+            self._enforced.add(keeps_versions)
+            return
+        for answer in (made, again):
+            with suppress(StorageError):  # which would leave open that it was made
+                self._delete(name, **{"VersionId": answer["VersionId"]} if keeps_versions else {})
+        where = " in a bucket that keeps versions (as Ceph does): suspend its versioning, or take" if keeps_versions else ": take"
+        raise StoreError(
+            f"{name} of {self.url}: the server ignores `If-None-Match: *`{where} another server; "
+            f"without it, writers at the same time lose each other's commits"
+        )
+
+    def _put(self, name: str, data: bytes, **condition: str) -> Any:
         """One PUT. Raises `ClientError` where the condition does not hold."""
         answers = (_REFUSED,) if condition else ()
-        self._call("put_object", name, answers, Key=self._key(name), Body=data, ContentMD5=_md5(data), **condition)
+        return self._call("put_object", name, answers, Key=self._key(name), Body=data, ContentMD5=_md5(data), **condition)
 
     def _upload(self, name: str, parts: Iterable[bytes]) -> None:
         """A multipart upload, which makes the object when it is completed and not before."""

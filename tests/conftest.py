@@ -18,7 +18,7 @@ from typing import Any
 import hypothesis
 import pytest
 
-from tests.s3 import _session_proxy, bucket, proxy, s3_admin, s3_server  # noqa: F401
+from tests.s3 import bucket, ceph, ceph_bucket, ceph_proxy, moto_proxy, proxy, s3_admin, s3_server  # noqa: F401
 
 os.environ.update(
     HF_HUB_OFFLINE="1",

@@ -3,6 +3,9 @@
 The server is moto's, in a process of its own: it speaks the protocol and enforces conditional writes, but checks no signature,
 keeps nothing on disk and is no proof of what a real server does when many write at once. That one of many conditional writers
 wins is therefore the proxy's doing: it passes them on one by one, as if they were atomic.
+
+In the slow suite tests that are marked `EVERY_SERVER`, or use `ceph_bucket`, run on Ceph (`tests.ceph`) as well, which does all
+that itself: the proxy before it only injects faults.
 """
 
 import hashlib
@@ -26,6 +29,8 @@ from typing import Any, Literal, NamedTuple
 
 import pytest
 
+from tests.ceph import Ceph
+
 _buckets = itertools.count(1)
 
 
@@ -48,6 +53,7 @@ class Fault:
 SLOW_DOWN = Fault("error", 503, "SlowDown")
 INTERNAL_ERROR = Fault("error", 500, "InternalError", message="")  # as Ceph has it
 INTERNAL_ERROR_APPLIED = Fault("error", 500, "InternalError", applied=True)
+MISMATCH = Fault("error", 400, "XAmzContentSHA256Mismatch", message="")  # so AWS and Ceph call a changed body over plain HTTP
 EXPIRED = Fault("error", 400, "ExpiredToken")
 DENIED = Fault("error", 403, "AccessDenied")
 CUT_BEFORE = Fault("cut")
@@ -55,7 +61,11 @@ CUT_AFTER = Fault("cut", applied=True)
 CUT_WITHIN = Fault("cut", applied=True, sent=0.5)
 DELAY = Fault("delay", delay_s=0.05)
 DAMAGE = Fault("damage")
-PASSING = (SLOW_DOWN, INTERNAL_ERROR, INTERNAL_ERROR_APPLIED, CUT_BEFORE, CUT_AFTER, CUT_WITHIN, DELAY, DAMAGE)
+PASSING = (SLOW_DOWN, INTERNAL_ERROR, INTERNAL_ERROR_APPLIED, MISMATCH, CUT_BEFORE, CUT_AFTER, CUT_WITHIN, DELAY, DAMAGE)
+
+
+EVERY_SERVER = pytest.mark.parametrize("proxy", ["moto", pytest.param("ceph", marks=pytest.mark.slow)], indirect=True)
+STORAGE = ["file", pytest.param("bucket", id="s3"), pytest.param("ceph_bucket", id="ceph", marks=pytest.mark.slow)]
 
 
 class Asked(NamedTuple):
@@ -71,13 +81,15 @@ class Asked(NamedTuple):
 class FaultProxy:
     """An HTTP proxy before one server, in threads of this process.
 
-    Each request meets the next fault of `script` whose method is its own, or with probability `rate` one of `PASSING`. It does
-    two things that moto leaves out: it checks the MD5 of a body, and it lists no more than `page_names` names at a time, which
-    changes what was signed, so that only moto takes it.
+    Each request meets the next fault of `script` whose method is its own, or with probability `rate` one of `PASSING`. Before
+    moto it does what moto leaves out: it passes conditional writes on one by one, checks the MD5 of a body, and lists no more
+    than `page_names` names at a time, which changes what was signed; or, if `careless`, takes the conditions off all writes.
     """
 
-    def __init__(self, host: str, port: int) -> None:
-        self.upstream = (host, port)
+    def __init__(self, server: str, moto: bool) -> None:
+        host, _, port = server.removeprefix("http://").partition(":")
+        self.upstream = (host, int(port))
+        self.server, self.moto = server, moto
         self.conditional = threading.Lock()
         self._lock = threading.Lock()
         self.reset()
@@ -87,10 +99,10 @@ class FaultProxy:
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
         self._thread.start()
 
-    def reset(self, rate: float = 0, seed: int = 0, page_names: int | None = None) -> None:
+    def reset(self, rate: float = 0, seed: int = 0, page_names: int | None = None, careless: bool = False) -> None:
         """No script, nothing counted, and faults at another rate."""
         with self._lock:
-            self.rate, self._random, self.page_names = rate, Random(seed), page_names
+            self.rate, self._random, self.page_names, self.careless = rate, Random(seed), page_names, careless
             self.asked: list[Asked] = []
             self._script: deque[tuple[str, Fault | None]] = deque()
 
@@ -148,7 +160,8 @@ class _Handler(BaseHTTPRequestHandler):
         fault = self.server.proxy.next_fault(self.command, self.path, self.headers.get("Range"), access_key)
         if fault and fault.kind == "damage" and body:
             body = bytes([body[0] ^ 1]) + body[1:]
-        if "Content-MD5" in self.headers and b64encode(hashlib.md5(body).digest()).decode() != self.headers["Content-MD5"]:
+        digest = b64encode(hashlib.md5(body).digest()).decode()
+        if self.server.proxy.moto and self.headers.get("Content-MD5", digest) != digest:
             return self._answer_error(400, "BadDigest", "")
         if fault:
             time.sleep(fault.delay_s)
@@ -166,8 +179,9 @@ class _Handler(BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _handle
 
     def _pass_on(self, body: bytes) -> tuple[HTTPResponse, bytes]:
-        headers = {name: value for name, value in self.headers.items() if name.lower() not in ("connection", "expect")}
-        if "If-None-Match" not in self.headers and "If-Match" not in self.headers:
+        left_out = {"connection", "expect"} | ({"if-none-match"} if self.server.proxy.careless else set())
+        headers = {name: value for name, value in self.headers.items() if name.lower() not in left_out}
+        if not self.server.proxy.moto or ("If-None-Match" not in self.headers and "If-Match" not in self.headers):
             return self._ask(body, headers)
         with self.server.proxy.conditional:
             return self._ask(body, headers)
@@ -175,7 +189,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _ask(self, body: bytes, headers: dict[str, str]) -> tuple[HTTPResponse, bytes]:
         self._connection = self._connection or HTTPConnection(*self.server.proxy.upstream, timeout=60)
         try:
-            names = self.server.proxy.page_names
+            names = self.server.proxy.page_names if self.server.proxy.moto else None
             path = f"{self.path}&max-keys={names}" if names and "list-type=2" in self.path else self.path
             self._connection.request(self.command, path, body, headers)
             answer = self._connection.getresponse()
@@ -259,30 +273,57 @@ def _wait_for_url(log: Path, process: subprocess.Popen[bytes]) -> str:
 
 
 @pytest.fixture(scope="session")
-def _session_proxy(s3_server: str) -> Iterator[FaultProxy]:
-    host, _, port = s3_server.removeprefix("http://").partition(":")
-    proxy = FaultProxy(host, int(port))
+def moto_proxy(s3_server: str) -> Iterator[FaultProxy]:
+    proxy = FaultProxy(s3_server, moto=True)
+    yield proxy
+    proxy.close()
+
+
+@pytest.fixture(scope="session")
+def ceph(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ceph]:
+    """The server of Ceph that all slow tests of a run share; whoever kills a part of it starts it again."""
+    environ = environment("")
+    server = Ceph(tmp_path_factory.mktemp("ceph"), environ["AWS_ACCESS_KEY_ID"], environ["AWS_SECRET_ACCESS_KEY"])
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def ceph_proxy(ceph: Ceph) -> Iterator[FaultProxy]:
+    proxy = FaultProxy(ceph.url, moto=False)
     yield proxy
     proxy.close()
 
 
 @pytest.fixture
-def proxy(_session_proxy: FaultProxy) -> FaultProxy:
-    """The proxy before moto's server, without faults until a test asks for some."""
-    _session_proxy.reset()
-    return _session_proxy
-
-
-@pytest.fixture(scope="session")
-def s3_admin(s3_server: str) -> Any:
-    return admin(s3_server)
+def proxy(request: pytest.FixtureRequest) -> FaultProxy:
+    """The proxy before moto's server, or before Ceph in a test for `EVERY_SERVER`, without faults until a test asks for some."""
+    proxy = request.getfixturevalue(f"{getattr(request, 'param', 'moto')}_proxy")
+    proxy.reset()
+    return proxy
 
 
 @pytest.fixture
-def bucket(s3_admin: Any, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> str:
+def s3_admin(proxy: FaultProxy) -> Any:
+    return admin(proxy.server)
+
+
+@pytest.fixture
+def bucket(proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> str:
     """The name of a new bucket, which `s3://` URLs reach through the proxy while the test runs."""
+    return _new_bucket(proxy, monkeypatch)
+
+
+@pytest.fixture
+def ceph_bucket(ceph_proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> str:
+    """As `bucket`, on Ceph."""
+    ceph_proxy.reset()
+    return _new_bucket(ceph_proxy, monkeypatch)
+
+
+def _new_bucket(proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> str:
     name = f"bucket-{next(_buckets)}"
-    s3_admin.create_bucket(Bucket=name)
+    admin(proxy.server).create_bucket(Bucket=name)
     for key, value in environment(proxy.url).items():
         monkeypatch.setenv(key, value)
     monkeypatch.delenv("AWS_PROFILE", raising=False)

@@ -1,7 +1,7 @@
 """A conversion that is killed loses nothing, leaves nothing twice, and does little again.
 
 Actor, driver and node, each at about half. What a killed part had in hand is made twice: at most a buffer for each actor, which
-is 4 % here. Bytes that were written and never committed count against the same 10 %.
+is 4 % here. Bytes that were written and never committed count against the same 10 %. A killed server costs time alone.
 """
 
 import json
@@ -26,6 +26,7 @@ from core.manifest import StoreError
 from core.store import Store
 from pipelines.convert import corpus_of, receipts
 from pipelines.convert_recipe import ConvertRecipe, ConvertRun
+from tests.ceph import Ceph
 
 ROOT = Path(__file__).parent.parent
 ACTORS, BUFFER = 2, 8
@@ -134,12 +135,39 @@ def test_a_killed_driver_goes_on(recipe: ConvertRecipe, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_a_killed_driver_goes_on_where_storage_fails(
-    recipe: ConvertRecipe, tmp_path: Path, bucket: str, proxy: s3.FaultProxy
+@pytest.mark.parametrize(("proxy", "rate"), [("moto", 0.05), ("ceph", 0), ("ceph", 0.05)], indirect=["proxy"])
+def test_a_killed_driver_goes_on_in_a_bucket(
+    recipe: ConvertRecipe, tmp_path: Path, bucket: str, proxy: s3.FaultProxy, rate: float
 ) -> None:
-    proxy.reset(rate=0.05)
+    proxy.reset(rate)
     killed_and_run_again(f"s3://{bucket}/stores/one", recipe, tmp_path, s3.environment(proxy.url), 800)
-    assert len(proxy.faults) > 0.02 * len(proxy.asked)
+    assert len(proxy.faults) >= 0.4 * rate * len(proxy.asked)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_conversion_outlives_kills_of_its_server(
+    recipe: ConvertRecipe, tmp_path: Path, ceph: Ceph, ceph_bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server, its disk and both again, each at another eighth of the conversion, which is told nothing of it."""
+    documents, url, log = 800, f"s3://{ceph_bucket}/stores/one", tmp_path / "log"
+    monkeypatch.setenv("AWS_ENDPOINT_URL", ceph.url)
+    with log.open("wb") as file:
+        command = convert_command(numbered(tmp_path, documents), url, recipe)
+        process = subprocess.Popen(command, stdout=file, stderr=file, cwd=ROOT, env=os.environ | {"COLUMNS": "100"})
+    try:
+        for eighth, daemon in enumerate(("radosgw", "ceph-osd", "radosgw", "ceph-osd"), 1):
+            wait_for(url, eighth * documents // 8, lambda: process.poll() is None)
+            assert process.poll() is None, log.read_text()
+            ceph.kill(daemon)
+            time.sleep(1)
+            ceph.start(daemon)
+        assert process.wait() == 0, log.read_text()
+    finally:
+        process.kill()
+        process.wait()
+    assert f"{documents} converted, 0 shared, 0 unchanged, 0 rejected" in log.read_text()
+    assert check_whole(url, documents) <= REPEATED
 
 
 NODE_KILL = """

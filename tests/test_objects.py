@@ -19,6 +19,7 @@ import pytest
 from core.manifest import CorruptObject, MissingObject, StoreError
 from core.objects import Objects, StorageError, open_objects
 from core.s3_objects import S3Objects, S3Settings
+from tests import s3
 from tests.s3 import FaultProxy
 
 PLACE = "stores of the Käserei/名前 +%20&?#1"
@@ -47,11 +48,11 @@ HOSTILE = [
 ]
 
 
-@pytest.fixture(params=["file", "s3"])
+@pytest.fixture(params=s3.STORAGE)
 def objects(request: pytest.FixtureRequest) -> Objects:
     if request.param == "file":
         return open_objects(request.getfixturevalue("tmp_path") / PLACE)
-    return S3Objects(f"s3://{request.getfixturevalue('bucket')}/{PLACE}", S3Settings(part_bytes=PART))
+    return S3Objects(f"s3://{request.getfixturevalue(request.param)}/{PLACE}", S3Settings(part_bytes=PART))
 
 
 def some_bytes(count: int, seed: int = 0) -> bytes:

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from core.manifest import MissingObject
+from core.manifest import MissingObject, StoreError
 from core.objects import StorageError
 from core.s3_objects import PARTS_IN_FLIGHT, S3Objects, S3Settings
+from core.store import Store
 from tests import s3
 from tests.s3 import Fault, FaultProxy
 
@@ -30,6 +31,7 @@ def methods(proxy: FaultProxy) -> Counter[str]:
     return Counter(each.method for each in proxy.asked)
 
 
+@s3.EVERY_SERVER
 @pytest.mark.parametrize("fault", s3.PASSING, ids=lambda fault: f"{fault.kind}-{fault.status or fault.sent}-{fault.applied}")
 def test_a_passing_fault_is_not_noticed(objects: S3Objects, proxy: FaultProxy, fault: Fault) -> None:
     data = random.Random(0).randbytes(PART + 5)
@@ -57,6 +59,7 @@ def test_a_passing_fault_is_not_noticed(objects: S3Objects, proxy: FaultProxy, f
     assert list(objects.names("shards")) == ["c", "d"] and list(objects.names("roots")) == []
 
 
+@s3.EVERY_SERVER
 @pytest.mark.parametrize("lost", [s3.CUT_AFTER, s3.INTERNAL_ERROR_APPLIED])
 def test_a_lost_answer_to_create_is_settled_by_what_is_there(objects: S3Objects, proxy: FaultProxy, lost: Fault) -> None:
     proxy.script("PUT", lost)
@@ -70,6 +73,7 @@ def test_a_lost_answer_to_create_is_settled_by_what_is_there(objects: S3Objects,
     assert methods(proxy) == {"PUT": 2, "GET": 4}
 
 
+@s3.EVERY_SERVER
 def test_a_create_that_nobody_answers_says_so(objects: S3Objects, proxy: FaultProxy) -> None:
     proxy.script("PUT", *[s3.CUT_AFTER] * QUICK.attempts)
     with pytest.raises(StorageError, match=r"roots/1 of s3://bucket-\d+/a store: ConnectionClosedError \(5 attempts\)"):
@@ -77,6 +81,7 @@ def test_a_create_that_nobody_answers_says_so(objects: S3Objects, proxy: FaultPr
     assert objects.read("roots/1") == b"mine"
 
 
+@s3.EVERY_SERVER
 @pytest.mark.parametrize("lost", [s3.CUT_AFTER, s3.INTERNAL_ERROR_APPLIED])
 def test_a_lost_answer_to_the_end_of_an_upload(objects: S3Objects, proxy: FaultProxy, lost: Fault) -> None:
     proxy.script("POST", None, lost)
@@ -84,6 +89,7 @@ def test_a_lost_answer_to_the_end_of_an_upload(objects: S3Objects, proxy: FaultP
     assert objects.read("shards/a") == bytes(PART + 1) and proxy.faults == [lost]
 
 
+@s3.EVERY_SERVER
 def test_an_upload_that_fails_is_aborted(objects: S3Objects, proxy: FaultProxy, s3_admin: Any, bucket: str) -> None:
     proxy.script("PUT", None, *[s3.SLOW_DOWN] * 10 * QUICK.attempts)
     with pytest.raises(StorageError, match=r"shards/a of .*: 503 SlowDown"):
@@ -91,6 +97,7 @@ def test_an_upload_that_fails_is_aborted(objects: S3Objects, proxy: FaultProxy, 
     assert not objects.exists("shards/a") and "Uploads" not in s3_admin.list_multipart_uploads(Bucket=bucket)
 
 
+@s3.EVERY_SERVER
 def test_uploads_of_killed_writers_are_taken_away(objects: S3Objects, s3_admin: Any, bucket: str) -> None:
     others = ["a store/no object", "another store/shards/a"]
     for key in ("a store/shards/a", "a store/shards/b", *others):
@@ -100,6 +107,7 @@ def test_uploads_of_killed_writers_are_taken_away(objects: S3Objects, s3_admin: 
     assert sorted(each["Key"] for each in s3_admin.list_multipart_uploads(Bucket=bucket)["Uploads"]) == others
 
 
+@s3.EVERY_SERVER
 def test_an_upload_holds_few_parts(objects: S3Objects, proxy: FaultProxy) -> None:
     """A slow server slows the source down: parts wait for each other instead of gathering."""
     proxy.script("PUT", *[Fault("delay", delay_s=0.05)] * 20)
@@ -114,6 +122,7 @@ def test_an_upload_holds_few_parts(objects: S3Objects, proxy: FaultProxy) -> Non
     assert max(ahead) <= PARTS_IN_FLIGHT + 2
 
 
+@s3.EVERY_SERVER
 def test_faults_at_five_percent_lose_nothing(objects: S3Objects, proxy: FaultProxy) -> None:
     proxy.reset(rate=0.05, seed=3)
 
@@ -132,6 +141,7 @@ def test_faults_at_five_percent_lose_nothing(objects: S3Objects, proxy: FaultPro
     assert 0.02 < len(proxy.faults) / len(proxy.asked) < 0.08
 
 
+@s3.EVERY_SERVER
 def test_a_server_that_stays_away_is_named(objects: S3Objects, proxy: FaultProxy) -> None:
     proxy.reset(rate=1)
     proxy.script("GET", *[s3.SLOW_DOWN] * QUICK.attempts)
@@ -146,6 +156,7 @@ def test_a_server_that_stays_away_is_named(objects: S3Objects, proxy: FaultProxy
         list(impatient.names("shards"))
 
 
+@s3.EVERY_SERVER
 def test_what_waiting_does_not_mend_is_not_tried_again(objects: S3Objects, proxy: FaultProxy) -> None:
     proxy.script("GET", s3.DENIED)
     with pytest.raises(StorageError, match=r"shards/a of .*: 403 AccessDenied: a fault of the test$"):
@@ -157,6 +168,7 @@ def test_what_waiting_does_not_mend_is_not_tried_again(objects: S3Objects, proxy
         S3Objects("s3://no-such-bucket/x", QUICK).create("roots/1", b"")
 
 
+@s3.EVERY_SERVER
 def test_expired_credentials(
     objects: S3Objects, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -201,6 +213,7 @@ def test_renewed_credentials_are_used(
     assert [each.access_key for each in proxy.asked] == ["first", "first", "first", "second", "second"]
 
 
+@s3.EVERY_SERVER
 def test_an_endpoint_that_is_no_url(objects: S3Objects, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "user:hunter2@somewhere")
     with pytest.raises(ValueError, match="AWS_ENDPOINT_URL is not a URL such as") as refused:
@@ -208,6 +221,7 @@ def test_an_endpoint_that_is_no_url(objects: S3Objects, monkeypatch: pytest.Monk
     assert "hunter2" not in str(refused.value)
 
 
+@s3.EVERY_SERVER
 def test_requests_are_few(objects: S3Objects, proxy: FaultProxy) -> None:
     """The numbers that the module states: what costs time and money is counted."""
 
@@ -219,6 +233,7 @@ def test_requests_are_few(objects: S3Objects, proxy: FaultProxy) -> None:
     size = 3 * PART
     assert asked(lambda: objects.write("shards/a", [bytes(1000)] * 100)) == {"PUT": 1}
     assert asked(lambda: objects.write("shards/b", [bytes(size)])) == {"POST": 2, "PUT": 3}
+    assert asked(lambda: objects.create("roots/0", b"mine")) == {"PUT": 2}, "once: is it refused to create it again?"
     assert asked(lambda: objects.create("roots/1", b"mine")) == {"PUT": 1}
     assert asked(lambda: objects.create("roots/1", b"another's")) == {"PUT": 1, "GET": 1}
     assert asked(lambda: objects.read("shards/a")) == {"GET": 1}
@@ -229,6 +244,7 @@ def test_requests_are_few(objects: S3Objects, proxy: FaultProxy) -> None:
     assert asked(lambda: objects.remove("shards/a")) == {"DELETE": 1}
 
 
+@s3.EVERY_SERVER
 def test_ranges_are_read_in_parallel(objects: S3Objects, proxy: FaultProxy) -> None:
     objects.write("shards/a", [bytes(1000)])
     proxy.script("GET", *[Fault("delay", delay_s=0.2)] * 16)
@@ -237,6 +253,7 @@ def test_ranges_are_read_in_parallel(objects: S3Objects, proxy: FaultProxy) -> N
     assert datetime.now(UTC) - begun < timedelta(seconds=1.6)
 
 
+@s3.EVERY_SERVER
 def test_a_versioned_bucket_keeps_nothing_that_is_erased(objects: S3Objects, s3_admin: Any, bucket: str) -> None:
     s3_admin.put_bucket_versioning(Bucket=bucket, VersioningConfiguration={"Status": "Enabled"})
     for data in (b"one", b"two"):
@@ -252,11 +269,36 @@ def test_a_versioned_bucket_keeps_nothing_that_is_erased(objects: S3Objects, s3_
     assert Counter(kept())["a store/shards/a", "Versions"] == 2 and not objects.exists("shards/a")
     objects.erase("shards/a")
     assert kept() == [("a store/shards/ab", "Versions")] * 2
-    assert objects.create("shards/a", b"three") and objects.read("shards/a") == b"three"
+    objects.replace("shards/a", b"three")
+    assert objects.read("shards/a") == b"three"
     with pytest.raises(MissingObject):
         objects.read("shards/b")
 
 
+def test_a_server_without_conditional_writes_is_refused(objects: S3Objects, proxy: FaultProxy) -> None:
+    proxy.reset(careless=True)
+    with pytest.raises(StoreError, match=r"roots/1 of .*: the server ignores `If-None-Match: \*`: take another server"):
+        objects.create("roots/1", b"mine")
+    with pytest.raises(StoreError, match="lose each other's commits"):
+        Store.open(objects.url, create=True)
+    assert list(objects.names("roots")) == []
+
+
+def test_versions_that_are_switched_on_later_are_looked_at_anew(
+    objects: S3Objects, proxy: FaultProxy, s3_admin: Any, bucket: str
+) -> None:
+    assert objects.create("roots/1", b"one")
+    s3_admin.put_bucket_versioning(Bucket=bucket, VersioningConfiguration={"Status": "Enabled"})
+    proxy.reset(careless=True)
+    with pytest.raises(StoreError, match=r"roots/2 of .* keeps versions \(as Ceph does\): suspend its versioning"):
+        objects.create("roots/2", b"two")
+    proxy.reset()
+    assert [each["Key"] for each in s3_admin.list_object_versions(Bucket=bucket)["Versions"]] == ["a store/roots/1"]
+    assert objects.create("roots/3", b"three") and objects.create("roots/4", b"four")
+    assert methods(proxy) == {"PUT": 3}
+
+
+@s3.EVERY_SERVER
 def test_parts_of_16_mb(objects: S3Objects, proxy: FaultProxy) -> None:
     size = 2**24
     again = S3Objects(objects.url)

@@ -8,6 +8,7 @@ import torch
 
 from core.s3_objects import S3Objects, S3Settings
 from core.store import Store
+from tests import s3
 from tests.s3 import FaultProxy
 from tests.stores import SPEC, adapter, document, vector
 
@@ -25,6 +26,7 @@ def opened(url: str) -> Store:
     return store
 
 
+@s3.EVERY_SERVER
 def test_a_store_in_a_bucket_round_trips(url: str) -> None:
     store, one = Store.open(url, create=True), document("Its own text.", name="a/b:c 日本")
     [row] = store.put([one], [adapter(one)]).adapters
@@ -34,6 +36,7 @@ def test_a_store_in_a_bucket_round_trips(url: str) -> None:
         assert each.delete_document("tenant", "c", one.name) is (each is store)
 
 
+@s3.EVERY_SERVER
 def test_requests_are_few(url: str, proxy: FaultProxy) -> None:
     store = Store.open(url, create=True)
     wide = SPEC.with_rank(2**17)
@@ -54,6 +57,7 @@ def test_requests_are_few(url: str, proxy: FaultProxy) -> None:
     assert wide.numel * 4 > 2**24 and len(requests(lambda: reader.get_bytes(rows[0]))) == -(-wide.numel * 4 // 2**24)
 
 
+@s3.EVERY_SERVER
 def test_writers_lose_nothing_while_requests_fail(url: str, proxy: FaultProxy) -> None:
     opened_first = Store.open(url, create=True)
     proxy.reset(rate=0.05, seed=3)
