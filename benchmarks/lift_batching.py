@@ -67,13 +67,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the base")
     parser.add_argument("--quick", action="store_true", help="two short documents, one run: does it run?")
     parser.add_argument("--output", type=Path, default=RESULTS, help="a folder")
     options = parser.parse_args(arguments)
     count, parts, runs = (2, 1, 1) if options.quick else (options.documents, options.parts, options.runs)
     torch.set_num_threads(options.threads)
 
-    base = load_base(REFERENCE / "base", device=options.device)
+    base = load_base(REFERENCE / "base", dtype=getattr(torch, options.dtype), device=options.device)
     documents = long_documents(count, parts)
     jobs = jobs_of(documents, stand_in_questions(documents, pairs=1).pairs)
     recipes = {size: settings((1, ("questions",)), rank=options.rank, examples_per_step=size) for size in STEPS}

@@ -5,7 +5,7 @@ tokens, and the needle stands at the sentence border next to it. Each cell is a 
 questions of the stand-in for a language model; the needle is asked for in phrasings of both halves of the world's grid. Bar:
 every answer right in every cell. Beside it the same questions with the document in context, head and tail kept.
 
-Run from the root: `python -m benchmarks.lift_needle`; under 10 minutes on 2 cores. Exit status 1 where the bar is missed.
+Run from the root: `python -m benchmarks.lift_needle`; nine minutes on 2 cores. Exit status 1 where the bar is missed.
 """
 
 import argparse
