@@ -4,7 +4,8 @@ Weights are random in the reference shape, as in `benchmarks.conversion`. While 
 the conversion actors and of the rest of its Ray is read twice a second (proportional set size, so that what processes share
 counts once; the object store is apart), with the documents done by then. Then the same command runs again over the finished
 store: what a rerun costs where all is there. Flat is said of the second and the last fifth of the documents, the first one being
-start-up: their rate and the actors' highest memory.
+start-up: their rate and the actors' highest memory. What lies in the store's folder, manifest and leftovers included, is held
+against the bytes of adapters and texts alone.
 
 Run from the root: `python -m benchmarks.conversion_scale`; about 6 minutes on 2 cores. Writes results/conversion_scale.json and
 conversion_scale.png.
@@ -168,6 +169,7 @@ def main() -> None:
         again = convert(str(path), store.url, recipe)
         store.refresh()
         stats = store.stats()
+        stored_bytes = sum(file.stat().st_size for file in (folder / "store").rglob("*") if file.is_file())
     if (stats.documents, stats.adapters) != (options.documents, options.documents):
         raise SystemExit(f"not every document was converted: {stats}")
     if again.documents != {"unchanged": options.documents}:
@@ -182,6 +184,7 @@ def main() -> None:
         "driver_memory_last_to_second_part": round(parts[-1]["driver_mib"] / parts[1]["driver_mib"], 3),
         "documents_per_s": round(statistics.fmean(rates), 2),
         "parts": parts,
+        "stored_to_raw_bytes": round(stored_bytes / (stats.adapter_bytes + stats.text_bytes), 5),
         "rerun_documents_per_s": round(again.documents_per_s, 1),
         "settings": {key: value for key, value in vars(options).items() if key != "output"},
         "model": {"architecture": "qwen3", **SHAPE, "hypernetwork": HYPERNETWORK.model_dump(mode="json")},
