@@ -12,6 +12,7 @@ Knows nothing of models, files and workers. Making an example costs its tokenisa
 """
 
 import random
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, chain
@@ -220,12 +221,14 @@ def composed_example(
 ) -> Example:
     """Questions, as turns of one conversation, on a document that is read in windows of at most `window_tokens`.
 
-    Windows end as a conversion's do (`core.documents.windows_at_borders`). `limits.context_tokens` does not bind: it is for one
-    window. What Doc-to-LoRA (arXiv 2602.15902) trains composition on; SHINE has single windows alone.
+    Windows end as a conversion's do (`core.documents.windows_at_borders`). `limits.context_tokens` is for all of them together.
+    What Doc-to-LoRA (arXiv 2602.15902) trains composition on; SHINE has single windows alone.
     """
     tokens = read(tokenizer, document_text)
-    covers = windows_at_borders(len(tokens.ids), window_tokens, 0, tokens.sentences, tokens.paragraphs)
-    whole = _example(tokenizer, tokens.ids, [Turn(*qa) for qa in qas], limits)
+    ids = tokens.ids[: limits.context_tokens]
+    borders = (each[: bisect_left(each, len(ids))] for each in (tokens.sentences, tokens.paragraphs))
+    covers = windows_at_borders(len(ids), window_tokens, 0, *borders)
+    whole = _example(tokenizer, ids, [Turn(*qa) for qa in qas], limits)
     return replace(whole, window_sizes=tuple(window.end - window.start for window in covers))
 
 

@@ -56,6 +56,7 @@ class FittingBatches:
             if self._since_lowered >= FORGET_AFTER:
                 self._limit, self._since_lowered = min(2 * self._limit, self._max_padded_tokens), 0
             yield batch, result
+            result = None  # what it holds is for the next batch, too
 
 
 def unless_out_of_memory(run: Callable[[], ResultT]) -> ResultT | None:

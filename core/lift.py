@@ -260,9 +260,7 @@ class Lift:
         if lessons:
             grad_SN, loss_S, unfit = self._gradients(lessons)
             for place, tokens in unfit.items():
-                fault = (
-                    f"out of memory: an example of {tokens} tokens does not fit alone, set checkpointing or lower segment_tokens"
-                )
+                fault = f"out of memory: an example of {tokens} tokens does not fit alone, set checkpointing or shorten it"
                 results.append(self._leave(place, "failed", fault))
                 del lessons[place], rates[place]
             losses = self._update(grad_SN, loss_S, rates)

@@ -23,7 +23,7 @@ from core.adapter import SITES, AdapterSpec, AdapterWeights, Kind
 from core.base_model import BaseModel
 from core.config import Section
 from core.gated_memory import GatedMemory, Initialisation, initial
-from core.lora import LoraWeights, compose, recompress
+from core.lora import LoraWeights, compose, compose_groups, recompress
 
 DEFAULT_RANK = 128
 EXACT_SVD_FEATURES = 1024
@@ -107,9 +107,7 @@ class LoraForm(Form):
         """The sum of the given adapters at no more than the spec's rank, fp32 on the CPU."""
         if not isinstance(start, LoraWeights) or not len(start):
             raise ValueError(f"cannot start from {len(start)} adapters of kind {start.spec.kind}: give one or more of kind lora")
-        whole = start.detach().to("cpu", torch.float32)
-        if len(whole) > 1:
-            whole = compose([whole.select(slice(row, row + 1)) for row in range(len(whole))])
+        whole = compose_groups(start.detach().to("cpu", torch.float32), [len(start)], "sum")
         return whole if whole.spec.rank <= self.spec.rank else recompress(whole, self.spec.rank)[0]
 
     def attach(self, flat_BN: Tensor, index_B: Tensor | None) -> AbstractContextManager[None]:

@@ -231,7 +231,7 @@ class Converter:
         """Makes the adapters of each content once, and commits whenever a shard is full or its time has come.
 
         A thread commits while the next adapters are made, so that a GPU does not wait for hashes and disks. One commit is under
-        way at a time: in memory are its bytes and those of the next.
+        way at a time, and one may wait for it: in memory are their bytes. Each is tried even where the one before it failed.
         """
         pending: list[_Pending] = []
         pending_bytes, begun = 0, time.monotonic()
@@ -246,10 +246,10 @@ class Converter:
                 if isinstance(outcome, Written):
                     pending_bytes += sum(len(adapter.vector) for adapter in outcome.adapters)
                 if pending_bytes >= self._shard_bytes or time.monotonic() - begun >= self._commit_s:
-                    if committing is not None:
-                        yield committing.result()
-                    committing = thread.submit(self._commit, pending)
+                    before, committing = committing, thread.submit(self._commit, pending)
                     pending, pending_bytes, begun = [], 0, time.monotonic()
+                    if before is not None:
+                        yield before.result()
             if committing is not None:
                 yield committing.result()
         if pending:

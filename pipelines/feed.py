@@ -81,7 +81,8 @@ class Feed(Section):
     reading: how documents are cut into segments, within `limits.conversation_tokens`; wording: what is said for them.
 
     composed_documents: how many documents `composed` reads as one, at least and at most. They are the most alike (in words) of so
-    many `composed_candidates`: what is hard to keep apart is learned from; 1 takes them as they come. composed_window_tokens: the
+    many `composed_candidates`: what is hard to keep apart is learned from; 1 takes them as they come. composed_tokens: of all
+    together; fewer documents are joined where they are longer, and what alone is longer is cut. composed_window_tokens: the
     longest window, drawn for each anew, so that no one length is learned.
     """
 
@@ -98,6 +99,7 @@ class Feed(Section):
     wording: Wording = Wording()
     composed_documents: tuple[int, int] = (1, 8)
     composed_candidates: Annotated[int, Field(ge=1)] = 16
+    composed_tokens: Annotated[int, Field(ge=1)] = 8192
     composed_window_tokens: tuple[int, int] = (512, 1024)
 
     @model_validator(mode="after")
@@ -235,25 +237,32 @@ def window_examples(
     for group in packing(lengths, feed.pack_tokens):
         texts = [packed[place]["text"] for place in group]
         examples.append(pretraining_example(tokenizer, texts, rng, feed.limits, feed.instructions, feed.pretraining))
-    for alike in _alike(joined, feed, rng):
+    for alike in _alike(joined, [len(encode(tokenizer, row["text"])) for row in joined], feed, rng):
         examples.append(_composed(tokenizer, alike, feed, rng))
     if packed or joined:
         rng.shuffle(examples)
     return [example for example in examples if example.tokens]
 
 
-def _alike(rows: Sequence[dict[str, Any]], feed: Feed, rng: random.Random) -> Iterator[list[dict[str, Any]]]:
-    """All rows in groups of `feed.composed_documents`; each next of a group is that of the following rows most like its first."""
-    waiting = [(row, frozenset(row["text"].lower().split())) for row in rows]
+def _alike(
+    rows: Sequence[dict[str, Any]], lengths: Sequence[int], feed: Feed, rng: random.Random
+) -> Iterator[list[dict[str, Any]]]:
+    """All rows in groups of `feed.composed_documents`, within `composed_tokens`; each next is of those that follow, the most like
+    the first. lengths: of the rows, in tokens."""
+    waiting = [(row, frozenset(row["text"].lower().split()), length) for row, length in zip(rows, lengths, strict=True)]
     while waiting:
         group = [waiting.pop(0)]
-        words = group[0][1]
-        for _ in range(min(rng.randint(*feed.composed_documents) - 1, len(waiting))):
-            near = waiting[: feed.composed_candidates]
-            shares = [len(words & other) / max(len(words | other), 1) for _, other in near]
-            group.append(waiting.pop(shares.index(max(shares))))
+        words, room = group[0][1], feed.composed_tokens - group[0][2]
+        for _ in range(rng.randint(*feed.composed_documents) - 1):
+            near = [each for each in waiting[: feed.composed_candidates] if each[2] < room]
+            if not near:
+                break
+            chosen = max(near, key=lambda each: len(words & each[1]) / max(len(words | each[1]), 1))
+            waiting.remove(chosen)
+            group.append(chosen)
+            room -= chosen[2]
         rng.shuffle(group)
-        yield [row for row, _ in group]
+        yield [row for row, _, _ in group]
 
 
 def _read(group: RowGroup) -> list[dict[str, Any]]:
@@ -295,7 +304,8 @@ def _composed(tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, Any]]
     asked = {"questions": [question for row in rows for question in row.get("questions") or ()]}
     text = "\n\n".join(row["text"] for row in rows)
     window_tokens = rng.randint(*feed.composed_window_tokens)
-    return composed_example(tokenizer, text, _questions(asked, feed, rng), window_tokens, feed.limits)
+    limits = feed.limits.model_copy(update={"context_tokens": feed.composed_tokens})
+    return composed_example(tokenizer, text, _questions(asked, feed, rng), window_tokens, limits)
 
 
 def _in_context(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], feed: Feed, rng: random.Random) -> Example:

@@ -77,6 +77,10 @@ def test_composed_examples_hold_every_document_once_in_windows_that_end_at_sente
         assert len(example.window_sizes) >= 2 and max(example.window_sizes) <= 90
         assert [token for window in example.windows for token in window] == list(example.context_ids)
         assert all(tokenizer.decode(window).rstrip()[-1] in ".:" for window in example.windows)
+    short = make_feed(corpus, composed_documents=(3, 3), composed_tokens=90, composed_window_tokens=(60, 60))
+    cut = window_examples(groups, short, "s", 0, {"composed": 1.0}, tokenizer)
+    assert len(texts) / 3 < len(cut) <= len(texts) and max(len(example.context_ids) for example in cut) <= 90
+    assert any(len(tokenizer(text).input_ids) > 90 for text in texts), "one is cut"
     with pytest.raises(ValueError, match="composed_documents is 3, 2"):
         make_feed(corpus, composed_documents=(3, 2))
 
