@@ -379,7 +379,7 @@ def compare(
 def plan(
     method: Annotated[Planned, typer.Argument(help="What to plan.")],
     source: Annotated[str | None, typer.Argument(help="As of `imprint convert`; with --run, the run's own.")] = None,
-    base: BaseOption = str(REFERENCE / "base"),
+    base: Annotated[str | None, typer.Option(help="Model directory or Hugging Face name.", show_default="the reference")] = None,
     hypernetwork: Annotated[str | None, typer.Option(help="convert: its directory, or `--set shape.rank=8` and such.")] = None,
     gpus: Annotated[int | None, typer.Option(help="GPUs that work at once.", show_default="1")] = None,
     documents_per_s: Annotated[str | None, typer.Option(help="convert: measured on one GPU, or a JSON file of it.")] = None,
@@ -401,11 +401,12 @@ def plan(
 
     with told():
         given = (recipe, prices, gpus, changes or ())
-        if run is not None and (method, source, recipe, out) == (Planned.convert, None, None, None):
+        if run is not None and (method, source, base, hypernetwork, recipe, out) == (Planned.convert, *[None] * 5):
             console.print(taken_table(*plan_of_run(run, documents_per_s, *given[1:])))
             return
         if source is None or run is not None:
-            raise ValueError("give a source, or with `plan convert` --run alone: a run has its own source and recipe")
+            raise ValueError("give a source, or with `plan convert` --run alone: a run has its own source, models and recipe")
+        base = str(REFERENCE / "base") if base is None else base
         if method == Planned.lift:
             say(plan_lifting(source, base, *given))
             return

@@ -109,7 +109,7 @@ def title(pid: int) -> str:
         return ""
 
 
-def watched(corpus: Corpus, store: str, recipe: ConvertRecipe) -> list[Sample]:
+def watched(corpus: Corpus, store: Store, recipe: ConvertRecipe) -> list[Sample]:
     watch = Watch()
     watch.start()
     try:
@@ -165,7 +165,7 @@ def main() -> None:
         folder = Path(name)
         path, recipe = build(folder, options.documents, run)
         store = Store.open(folder / "store", create=True)
-        samples = watched(corpus_of(str(path), recipe), store.url, recipe)
+        samples = watched(corpus_of(str(path), recipe), store, recipe)
         again = convert(str(path), store.url, recipe)
         store.refresh()
         stats = store.stats()

@@ -8,8 +8,8 @@ ListBucketMultipartUploads.
 
 An exclusive `create` is one PUT with `If-None-Match: *`, the only conditional write that AWS, Ceph and moto all enforce: Ceph
 ignores it when a multipart upload is completed. A lost answer is asked again, and a refusal is settled by reading what is there.
-Where a bucket keeps versions, Ceph 16 lets everyone win, as other servers do anywhere. So the first object that a process has
-created is created again, which must be refused: else two writers would lose each other's commits, and `StoreError` says so.
+Ceph 16 enforces it only in buckets without versions, some servers nowhere. So each `S3Objects` creates its first object twice,
+and the second must be refused: else two writers would lose each other's commits, and `StoreError` says so.
 
 It speaks to botocore, whose requests go out once. s3fs and aiobotocore send a PUT again by themselves after a cut connection
 (aiohttp counts PUT as idempotent), and s3fs turns the server's codes into plain OSErrors. Every request is tried `attempts`
@@ -271,9 +271,10 @@ class S3Objects(Objects):
         return size
 
     def _check_enforced(self, name: str, data: bytes, made: dict[str, Any]) -> None:
-        """Once for a bucket that keeps versions and once for one that does not: whether what exists can be created again.
+        """Creates again what was just created, unless such a bucket (with versions or without) has refused that before.
 
-        If so, what this process has made is taken away.
+        `StoreError` where it is not refused. Then both versions that were made here are deleted; in a bucket without versions,
+        whatever has the name by then.
         """
         keeps_versions = "VersionId" in made
         if keeps_versions in self._enforced:
@@ -284,7 +285,7 @@ class S3Objects(Objects):
             self._enforced.add(keeps_versions)
             return
         for answer in (made, again):
-            with suppress(StorageError):  # which would leave open that it was made
+            with suppress(StorageError):  # the refusal matters more than a failed clean-up
                 self._delete(name, **{"VersionId": answer["VersionId"]} if keeps_versions else {})
         where = " in a bucket that keeps versions (as Ceph does): suspend its versioning, or take" if keeps_versions else ": take"
         raise StoreError(

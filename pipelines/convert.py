@@ -87,7 +87,7 @@ def convert_corpus(corpus: Corpus, store: Store, recipe: ConvertRecipe, start: f
     summary, seen, near, first_read = Summary(files.url), SeenNames(), NearDuplicates(), time.time()
     with _bar(progress, corpus.size_bytes) as show:
         try:
-            for batch in receipts(corpus, store.url, recipe):
+            for batch in receipts(corpus, store, recipe):
                 for receipt in batch:
                     summary.add(receipt)
                     first_read = min(first_read, receipt.read_at) if summary.documents.total() > 1 else receipt.read_at
@@ -109,15 +109,14 @@ def convert_corpus(corpus: Corpus, store: Store, recipe: ConvertRecipe, start: f
     return summary
 
 
-def receipts(corpus: Corpus, store_url: str, recipe: ConvertRecipe) -> Iterator[list[Receipt]]:
+def receipts(corpus: Corpus, store: Store, recipe: ConvertRecipe) -> Iterator[list[Receipt]]:
     """Runs the job; its receipts as they are committed, buffer by buffer in the source's order. Closing the iterator ends it."""
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = context.print_on_execution_start = False
     context.execution_options.preserve_order = True
     context.wait_for_min_actors_s = 3600
     run = recipe.run
-    one_each = recipe.method == "lift" or recipe.windows.long_documents == "compose"
-    known = KnownContents.of(store_url, recipe.method, recipe.encoding) if one_each else None
+    known = KnownContents.of(store, recipe.method, recipe.encoding) if recipe.one_each else None
     with ray.data.DataContext.current(context):
         preparing = partial(prepare_for, recipe=recipe, known=known)
         rows = corpus.dataset().map_batches(preparing, batch_size=None, batch_format="pyarrow")
@@ -128,7 +127,7 @@ def receipts(corpus: Corpus, store_url: str, recipe: ConvertRecipe) -> Iterator[
             Converter,
             batch_size=None,
             batch_format="pyarrow",
-            fn_constructor_kwargs={"store_url": store_url, "recipe": recipe, "in_store": corpus.in_store},
+            fn_constructor_kwargs={"store_url": store.url, "recipe": recipe, "in_store": corpus.in_store},
             compute=ray.data.ActorPoolStrategy(min_size=min(run.min_actors, run.actors), max_size=run.actors),
             num_cpus=1,
             num_gpus=1 if run.device.startswith("cuda") else 0,

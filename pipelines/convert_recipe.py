@@ -72,6 +72,11 @@ class ConvertRecipe(Section):
             raise ValueError("gate.share is for method shine: lifted adapters have their quality from lift.run.quality_questions")
         return self
 
+    @property
+    def one_each(self) -> bool:
+        """`AdapterWriter.one_each` of what the recipe opens, before it is opened."""
+        return self.method == "lift" or self.windows.long_documents == "compose"
+
 
 def load_recipe(
     path: Path | None, method: str | None, base: str, hypernetwork: str | None, preset: str | None, changes: Iterable[str]

@@ -10,6 +10,7 @@ first commit of an id wins, and the other's receipt says `shared`. A worker that
 one buffer.
 
 Cost beside the models': a tokenisation in `prepare`, a listing and two look-ups a buffer (5 ms for 128 documents that are there).
+On a rerun a third look-up a buffer, of the documents without tokens, and in `prepare` a listing and a look-up a block.
 A document that is there costs 0.2 ms of a core if it has 100 tokens and 0.4 ms if it has 1,000, reading and sketch included.
 """
 

@@ -16,6 +16,8 @@ from pipelines.planning import load_run_recipe, plan_conversion
 from pipelines.receipts import Summary
 from pipelines.run_files import read_run
 
+FIGURES = "documents", "tokens", "adapters", "adapter_bytes", "shards", "convert_s"
+
 
 def took(planned: ConvertPlan, figures: Mapping[str, Any], run: ConvertRun) -> ConvertPlan:
     """The plan with what a conversion took. Raises `ValueError` where it converted nothing."""
@@ -47,10 +49,15 @@ def plan_of_run(
 ) -> tuple[ConvertPlan, ConvertPlan]:
     """The plan of a finished run's source as it is today, and that with what the run took; arguments as of `load_plan_recipe`.
 
-    gpus: the run's own where none are given. Raises `ValueError` for a folder of no finished run, for one that converted nothing,
-    and as `plan_conversion` does.
+    gpus: the run's own where none are given. Raises `ValueError` for a folder of no finished run, for one that an earlier version
+    wrote without all `FIGURES`, for one that converted nothing, and as `plan_conversion` does.
     """
     started, figures = read_run(url)
+    if lacking := [name for name in FIGURES if name not in figures]:
+        raise ValueError(
+            f"the run {url} was written by an earlier version, without {', '.join(lacking)}: name a run of this version, or plan "
+            f"its source alone: `imprint plan convert {shlex.quote(started['source'])}`"
+        )
     recipe = load_run_recipe(started["recipe"], documents_per_s, prices, gpus, changes)
     if not figures["adapters"]:
         counts = ", ".join(f"{count:,} {status}" for status, count in figures["documents"].items())

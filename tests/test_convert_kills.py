@@ -53,7 +53,7 @@ def wait_for(url: str, documents: int, goes_on: Callable[[], bool] = lambda: Tru
 
 def test_a_killed_actor_costs_a_buffer(ray_local: Any, recipe: ConvertRecipe, tmp_path: Path) -> None:
     documents, url = 400, str(tmp_path / "store")
-    Store.open(url, create=True)
+    store = Store.open(url, create=True)
     counts: Counter[str] = Counter()
     committed: list[int] = []
 
@@ -64,7 +64,7 @@ def test_a_killed_actor_costs_a_buffer(ray_local: Any, recipe: ConvertRecipe, tm
 
     killer = threading.Thread(target=kill)
     killer.start()
-    for batch in receipts(corpus_of(str(numbered(tmp_path, documents)), recipe), url, recipe):
+    for batch in receipts(corpus_of(str(numbered(tmp_path, documents)), recipe), store, recipe):
         counts.update(receipt.status for receipt in batch)
     killer.join()
     assert len(committed) == 1 and committed[0] < documents and counts.total() == documents
@@ -202,7 +202,7 @@ def kill():
 
 killer = threading.Thread(target=kill, daemon=True)
 killer.start()
-for batch in receipts(corpus_of(path, recipe), url, recipe):
+for batch in receipts(corpus_of(path, recipe), Store.open(url), recipe):
     counts.update(receipt.status for receipt in batch)
 killer.join()
 Path(sys.argv[5]).write_text(json.dumps([at_kill, counts]))

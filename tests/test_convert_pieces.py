@@ -22,7 +22,7 @@ from core.store import Store
 from core.tokens import Tokens, read
 from pipelines import converter, sources
 from pipelines.convert_recipe import ConvertRecipe
-from pipelines.converter import Converter, prepare, prepare_for
+from pipelines.converter import Converter, open_writer, prepare, prepare_for
 from pipelines.known_contents import KnownContents
 from pipelines.near_duplicates import BANDS
 from pipelines.pruning import PruneSettings, SeenNames
@@ -138,7 +138,7 @@ def texts_read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def known_in(url: str, recipe: ConvertRecipe) -> KnownContents:
-    known = KnownContents.of(url, recipe.method, recipe.encoding)
+    known = KnownContents.of(Store.open(url), recipe.method, recipe.encoding)
     assert known is not None
     return known
 
@@ -147,7 +147,7 @@ def test_a_rerun_tokenises_only_what_is_new(recipe: ConvertRecipe, tmp_path: Pat
     """And says of every document what it would have said with its tokens."""
     url, path = str(tmp_path / "store"), numbered(tmp_path, 6)
     store, writer = Store.open(url, create=True), Converter(url, recipe)
-    assert KnownContents.of(url, recipe.method, recipe.encoding) is None, "nothing to look for in a new store"
+    assert KnownContents.of(store, recipe.method, recipe.encoding) is None, "nothing to look for in a new store"
     assert Counter(writer(prepared(path))["status"].to_pylist()) == {"converted": 6}
     lines = path.read_text().splitlines()
     lines[1] = '{"id": "00001", "text": "Edited."}'
@@ -181,28 +181,64 @@ def test_a_wrong_guess_of_what_is_known_costs_time_alone(recipe: ConvertRecipe, 
         assert {*Converter(url, other)(guessed)["status"].to_pylist()} == {"converted"}
         again = Converter(url, other)(guessed)
         assert {*again["status"].to_pylist()} == {"unchanged"} and {*map(len, again["adapter_ids"].to_pylist())} == {adapters}
-    assert prepared(path, known)["ids"].null_count == 3, "by a producer that is new since the run began"
+    assert prepared(path, known)["ids"].null_count == 3, "by all three producers"
     int8 = recipe.model_copy(update={"encoding": "int8"})
     texts_read.clear()
-    assert KnownContents.of(url, int8.method, int8.encoding) is not None
     assert {*Converter(url, int8)(prepared(path, known_in(url, int8)))["status"].to_pylist()} == {"converted"}
     assert len(texts_read) == 3, "once, where they were prepared"
-    out_of_reach = known._replace(store_url=str(tmp_path / "elsewhere"))
-    assert prepared(path, out_of_reach)["ids"].null_count == 0
     gone = str(tmp_path / "gone")
     Store.open(gone, create=True)
     assert {*Converter(gone, recipe)(prepared(path, known_in(url, recipe)))["status"].to_pylist()} == {"converted"}
 
 
-def test_only_what_a_new_producer_has_put_is_known(recipe: ConvertRecipe, tmp_path: Path) -> None:
-    url = str(tmp_path / "store")
+def test_only_what_every_producer_has_put_is_known(recipe: ConvertRecipe, tmp_path: Path, texts_read: list[str]) -> None:
+    """From a new producer's first commit on, and in the reruns of both: actors tokenise nothing."""
+    url, path = str(tmp_path / "store"), numbered(tmp_path, 4)
     Store.open(url, create=True)
-    [first, *others] = (prepared(numbered(tmp_path, 4)).slice(place, 1) for place in range(4))
-    Converter(url, recipe)(pa.concat_tables([first, *others]))
-    known, writer = known_in(url, recipe), Converter(url, tiny_recipe(tmp_path, seed=1))
-    assert prepared(tmp_path / "documents.jsonl", known)["ids"].null_count == 4
-    writer(first)
-    assert prepared(tmp_path / "documents.jsonl", known)["ids"].null_count == 1
+    rows, other = prepared(path), tiny_recipe(tmp_path, seed=1)
+    Converter(url, recipe)(rows.slice(0, 3))
+    known, writer = known_in(url, recipe), Converter(url, other)
+    assert prepared(path, known)["ids"].to_pylist()[:3] == [None] * 3
+    writer(rows.slice(2, 1))
+    assert known_in(url, other) == known
+    assert [ids is None for ids in prepared(path, known)["ids"].to_pylist()] == [False, False, True, False]
+    for again, converted in ((other, 3), (recipe, 1)):
+        rows = prepared(path, known)
+        texts_read.clear()
+        assert Counter(Converter(url, again)(rows)["status"].to_pylist())["converted"] == converted and texts_read == []
+    assert prepared(path, known)["ids"].null_count == 4
+
+
+def test_a_store_that_is_out_of_reach_is_tried_once(
+    recipe: ConvertRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    url, path, tried = str(tmp_path / "store"), numbered(tmp_path, 2), list[str]()
+    Store.open(url, create=True)
+    Converter(url, recipe)(prepared(path))
+    known, refresh = known_in(url, recipe), Store.refresh
+    out_of_reach = known._replace(store_url=str(tmp_path / "elsewhere"))
+    assert prepared(path, out_of_reach)["ids"].null_count == 0
+    Store.open(tmp_path / "elsewhere", create=True)
+
+    def asked(store: Store) -> bool:
+        tried.append(store.url)
+        if len(tried) > 1:
+            raise OSError("the network is down")
+        return refresh(store)
+
+    monkeypatch.setattr(Store, "refresh", asked)
+    assert prepared(path, out_of_reach)["ids"].null_count == 0 and tried == []
+    assert [prepared(path, known)["ids"].null_count for _ in range(4)] == [2, 0, 0, 0] and len(tried) == 2
+    assert [record.message.rpartition(": ")[2] for record in caplog.records[-1:]] == ["the network is down"]
+    assert len([record for record in caplog.records if "documents are read" in record.message]) == 2
+
+
+@pytest.mark.parametrize("method", ["shine", "lift"])
+@pytest.mark.parametrize("long_documents", ["compose", "windows"])
+def test_a_recipe_knows_whether_documents_have_one_adapter_each(recipe: ConvertRecipe, method: str, long_documents: str) -> None:
+    changes = {"method": method, "windows": {"long_documents": long_documents}}
+    changed = ConvertRecipe.model_validate(recipe.model_dump() | changes)
+    assert changed.one_each == open_writer(changed).one_each == ((method, long_documents) != ("shine", "windows"))
 
 
 def test_sketches_are_left_out_where_nobody_asks_for_them(recipe: ConvertRecipe, tmp_path: Path) -> None:

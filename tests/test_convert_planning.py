@@ -325,8 +325,13 @@ def test_a_run_says_itself_what_was_planned_and_what_it_took(tmp_path: Path) -> 
     idle = RunFiles(str(tmp_path / "store"), about)
     idle.finish(summary_of(0, unchanged=600).figures())
     assert "converted no document" in failed("--run", idle.url)
-    for arguments in ([], [str(tmp_path), "--run", files.url], ["--run", files.url, "--recipe", "recipe.toml"]):
+    for arguments in ([], *(["--run", files.url, *more] for more in ([str(tmp_path)], ["--recipe", "recipe.toml"]))):
         assert "give a source, or" in failed(*arguments)
+    for name in ("base", "hypernetwork"):
+        assert "a run has its own source, models" in failed("--run", files.url, f"--{name}", str(REFERENCE / name))
+    older = RunFiles(str(tmp_path / "store"), about)
+    older.finish({name: value for name, value in summary_of(100).figures().items() if name != "shards"})
+    assert "by an earlier version, without shards: name a run of this version, or plan" in failed("--run", older.url)
 
 
 def failed(*arguments: str) -> str:

@@ -1,4 +1,4 @@
-"""The arithmetic of LIFT's benchmarks, and that each runs at its smallest size (slow)."""
+"""The arithmetic of LIFT's benchmarks, and that each, and that of composition, runs at its smallest size (slow)."""
 
 import json
 import random
@@ -7,7 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import lift_batching, lift_compression, lift_cost, lift_from_shine, lift_needle, lift_quality, lift_questions
+from benchmarks import (
+    composition,
+    lift_batching,
+    lift_compression,
+    lift_cost,
+    lift_from_shine,
+    lift_needle,
+    lift_quality,
+    lift_questions,
+)
 from benchmarks.lift_compression import as_stored, large_spec
 from benchmarks.lift_cost import crossings
 from benchmarks.lift_quality import Point, compare_steps, first_step, reading_at
@@ -68,7 +77,8 @@ def test_what_is_stored_is_rounded_to_bf16() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "benchmark", [lift_quality, lift_from_shine, lift_needle, lift_cost, lift_questions, lift_compression, lift_batching]
+    "benchmark",
+    [composition, lift_quality, lift_from_shine, lift_needle, lift_cost, lift_questions, lift_compression, lift_batching],
 )
 def test_each_benchmark_runs_at_its_smallest_size(benchmark, tmp_path: Path) -> None:
     benchmark.main(["--quick", "--output", str(tmp_path)])

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from core.adapter import AdapterSpec, SiteShape
 from core.codec import ENCODINGS, decode, encode
 from core.documents import Window
 from core.manifest import MissingObject, Producer, StoreError, adapter_id, blob_hash
@@ -355,3 +356,16 @@ def test_ids_follow_from_every_part_of_the_derivation() -> None:
     ids = {adapter_id(*parts)} | {adapter_id(*parts[:i], other, *parts[i + 1 :]) for i, other in enumerate(others)}
     assert len(ids) == 7
     assert adapter_id(*parts) == adapter_id(*parts[:3], Producer.model_validate_json(PRODUCER.model_dump_json()), *parts[4:])
+
+
+def test_a_store_takes_two_per_cent_more_than_its_blobs_at_most(tmp_path: Path) -> None:
+    """Manifest, roots, alignment and what merges have left behind, at the size of the reference adapters (97 KB)."""
+    store, spec = Store.open(tmp_path, create=True), AdapterSpec(((SiteShape("q", 64, 64),),) * 95, rank=4)
+    flat = torch.randn(spec.numel, generator=torch.Generator().manual_seed(0))
+    for start in range(0, 240, 20):
+        documents = [document(f"The text of document {n}.", name=f"{n}") for n in range(start, start + 20)]
+        store.put(documents, [adapter(each, spec=spec, vector=flat, encoding="bf16") for each in documents])
+    stats = store.stats()
+    assert (stats.documents, stats.adapters, stats.adapter_bytes) == (240, 240, 240 * 2 * spec.numel)
+    files = sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file())
+    assert 1 < files / (stats.adapter_bytes + stats.text_bytes) < 1.02
