@@ -9,7 +9,7 @@ benchmarks/results.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,10 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         found[part] = measure(models, part, min(documents, max(1, 112 // part)), ranks, options.seed)
         scores = ", ".join(f"{name} {value['mean']:.3f}" for name, value in found[part]["exact_match"].items())
         print(f"{part} parts, {found[part]['windows']:.1f} windows: {scores}", flush=True)
-    lines = [f"rank_{rank}" for rank in ranks] + ["passage_in_context", "in_context"]
-    points = {name: [(part, values["exact_match"][name]["mean"]) for part, values in found.items()] for name in lines}
-    panel = Curves("Documents read in windows", "parts of about 100 tokens", "exact match", points)
-    curves([panel], "Composed adapters", options.output / "composition")
+    draw(found, ranks, options.output / "composition")
     result = {
         "by_parts": found,
         "composition": models.hypernetwork.settings.composition,
@@ -81,6 +78,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "quick": options.quick,
     }
     print(write_result("composition", result, folder=options.output))
+
+
+def draw(found: Mapping[int, Mapping[str, Any]], ranks: Sequence[int], path: Path) -> None:
+    labels = {f"rank_{rank}": f"composed adapter, rank {rank}" for rank in (ranks[0], ranks[-1])}
+    labels |= {"in_context": "document in context", "passage_in_context": "needed passage in context"}
+    points = {
+        label: [(part, values["exact_match"][name]["mean"]) for part, values in found.items()] for name, label in labels.items()
+    }
+    curves([Curves("Documents read in windows", "parts of about 100 tokens", "exact match", points)], "Composed adapters", path)
 
 
 if __name__ == "__main__":
