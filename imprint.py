@@ -408,6 +408,8 @@ def plan(
             raise ValueError("give a source, or with `plan convert` --run alone: a run has its own source, models and recipe")
         base = str(REFERENCE / "base") if base is None else base
         if method == Planned.lift:
+            if (hypernetwork, documents_per_s, out) != (None, None, None):
+                raise ValueError("--hypernetwork, --documents-per-s and --out are for `plan convert`: leave them out")
             say(plan_lifting(source, base, *given))
             return
         planned = plan_conversion(source, load_plan_recipe(base, hypernetwork, documents_per_s, *given), out)

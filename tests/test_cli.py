@@ -58,6 +58,7 @@ def test_errors_say_what_to_do(tmp_path, ray_local):
     assert "optimiser.global_batch" in fail("train", "base", "--run", str(tmp_path / "run"), "--set", "optimiser.global_batch=-1")
     assert "count: Input should be greater than 0" in fail("evaluate", "--count", "0", "--out", str(tmp_path / "evaluation"))
     assert "level: Input should be 1 or 2" in fail("evaluate", "--level", "3", "--out", str(tmp_path / "evaluation"))
+    assert "are for `plan convert`" in fail("plan", "lift", str(tmp_path), "--out", str(tmp_path / "plan.json"))
     assert "config.json" in fail("import-shine", str(tmp_path), str(tmp_path / "out"), "--base", str(tmp_path))
 
 
