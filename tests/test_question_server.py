@@ -74,9 +74,9 @@ def test_it_answers_what_the_project_asks() -> None:
 
 def test_its_faults_are_what_the_project_counts() -> None:
     documents = long_documents(2, 2)
-    manners = Manners(bad_json=0.3, silent=0.1, hang_s=3.0)
+    manners = Manners(bad_json=0.3, silent=0.1, hang_s=9.0)
     with question_server(manners) as server:
-        written = write_questions(documents, _settings(server.url, retries=0, bad_reply_retries=0, timeout_s=0.5))
+        written = write_questions(documents, _settings(server.url, retries=0, bad_reply_retries=0, timeout_s=3.0))
         record = server.record()
     lost = [failure for failures in written.failures for failure in failures]
     assert {failure.reason for failure in lost} == {"bad_reply", "timeout"}
