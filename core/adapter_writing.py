@@ -55,6 +55,11 @@ class WindowRule(Section):
     composition: Composition | None = None
     max_windows: PositiveInt = 64
 
+    @property
+    def one_each(self) -> bool:
+        """Whether a document has one adapter, for the whole of it, however many its windows."""
+        return self.long_documents == "compose"
+
     def longest(self, positions: int, memory_tokens: int, trained_tokens: int | None) -> int:
         """Tokens of the longest window on such a base. Raises `ValueError` where that or the overlap is too long."""
         room = positions - memory_tokens
@@ -196,7 +201,7 @@ class HypernetworkWriter(AdapterWriter):
         self._hypernetwork = hypernetwork.eval()
         self.composition: Composition = rule.composition or hypernetwork.settings.composition
         self.rule = rule.model_copy(update={"max_tokens": max_tokens, "composition": self.composition})
-        self.one_each = rule.long_documents == "compose"
+        self.one_each = rule.one_each
         self._max_tokens = max_tokens
         self._batches = FittingBatches(max_rows, max_padded_tokens)
         self._gate = QualityGate(base, gate, max_rows, max_padded_tokens) if gate.share else None
@@ -257,7 +262,7 @@ class HypernetworkWriter(AdapterWriter):
         return self.rule.covers(tokens, self._max_tokens)
 
     def _composes(self, covers: Sequence[Window]) -> bool:
-        return len(covers) > 1 and self.rule.long_documents == "compose"
+        return len(covers) > 1 and self.one_each
 
     @torch.inference_mode()
     def _generate(self, ids: Sequence[Sequence[int]]) -> list[Tensor | str]:

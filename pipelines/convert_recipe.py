@@ -75,7 +75,7 @@ class ConvertRecipe(Section):
     @property
     def one_each(self) -> bool:
         """`AdapterWriter.one_each` of what the recipe opens, before it is opened."""
-        return self.method == "lift" or self.windows.long_documents == "compose"
+        return self.method == "lift" or self.windows.one_each
 
 
 def load_recipe(
