@@ -15,9 +15,11 @@ from core.base_model import load_base
 from core.hypernetwork import Hypernetwork, HypernetworkSettings
 from core.prompts import encode
 from pipelines.feed import Feed
+from pipelines.learner import HypernetworkLearner
 from pipelines.recipe import Architecture, BaseRecipe, HypernetworkRecipe, Optimiser, Run, Stage, Validation
 from pipelines.train import train
 from pipelines.world import WorldSpec, generate, write
+from tests.conversion import tiny_recipe
 from tests.models import write_world
 
 STEPS = 50
@@ -164,3 +166,20 @@ def test_a_bad_step_is_skipped_on_every_rank_and_a_bad_recipe_is_refused(ray_loc
     )
     with pytest.raises(RuntimeError, match="no finite gradient"):
         train(broken, tmp_path / "b")
+
+
+def test_training_goes_on_from_weights_of_its_shape_under_another_composition(tmp_path):
+    models = tiny_recipe(tmp_path)
+    settings = Hypernetwork.load(models.hypernetwork, load_base(models.base)).settings
+    assert settings.composition == "mean"
+
+    def begun(**changes: object) -> Hypernetwork:
+        values = {"base": models.base, "start_from": models.hypernetwork, "feed": {"corpus": ()}, "stages": ()}
+        shape = settings.model_copy(update=changes)
+        return HypernetworkLearner(HypernetworkRecipe.model_validate({**values, "hypernetwork": shape})).hypernetwork
+
+    summing = begun(composition="sum")
+    assert summing.settings.composition == "sum"
+    assert summing.fingerprint() == begun().fingerprint(), "the same weights"
+    with pytest.raises(ValueError, match="write the same under"):
+        begun(rank=3)
