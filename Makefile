@@ -3,7 +3,7 @@ PYTHON ?= $(or $(shell command -v python3.11),python3)
 CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 VENV := .venv
 BIN := $(VENV)/bin
-CODE := core pipelines serve $(wildcard imprint.py benchmarks/*.py)
+CODE := core pipelines serve imprint.py benchmarks
 ifdef GPU
 INSTALLED := $(VENV)/.installed-gpu
 INSTALL := $(BIN)/pip install -c constraints.txt -c constraints-gpu.txt -e '.[dev,gpu]'

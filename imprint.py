@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pipelines.store_commands import store_app
+from pipelines.store.commands import store_app
 from pipelines.terminal import console, say, told
 
 app = typer.Typer(
@@ -118,8 +118,8 @@ def world(
     Example: `imprint world runs/world --split test --count 500`
     """
     from core.config import load
-    from pipelines.world import WorldSpec, generate, specification_fingerprint, write
-    from pipelines.world_tokenizer import build_tokenizer
+    from pipelines.world.documents import WorldSpec, generate, specification_fingerprint, write
+    from pipelines.world.tokenizer import build_tokenizer
 
     with told():
         spec = load(WorldSpec, None, [f"seed={seed}", f"split={split}", f"level={level}", f"count={count}"])
@@ -140,9 +140,9 @@ def train(
     Example: `imprint train hypernetwork --run runs/mine --set run.workers=2`
     """
     from core.config import load
-    from pipelines.progress import training_progress
-    from pipelines.recipe import RECIPES
-    from pipelines.train import train as run_training
+    from pipelines.training.progress import training_progress
+    from pipelines.training.recipe import RECIPES
+    from pipelines.training.train import train as run_training
 
     with told(), ray_session():
         resolved = load(RECIPES[kind], recipe or RECIPE_FILES / f"reference_{kind}.toml", changes or ())
@@ -176,11 +176,11 @@ def convert(
 
     Example: `imprint convert notes/ runs/store --set collection=notes`
     """
-    from pipelines.convert import convert as run_conversion
-    from pipelines.convert_recipe import load_recipe
-    from pipelines.plan_outcomes import took, where_planned
-    from pipelines.plan_tables import taken_table
-    from pipelines.planning import read_plan
+    from pipelines.conversion.convert import convert as run_conversion
+    from pipelines.conversion.plan_outcomes import took, where_planned
+    from pipelines.conversion.plan_tables import taken_table
+    from pipelines.conversion.planning import read_plan
+    from pipelines.conversion.recipe import load_recipe
 
     if hypernetwork is None and recipe is None and method != Method.lift:
         hypernetwork = str(REFERENCE / "hypernetwork")
@@ -221,8 +221,8 @@ def lift(
 
     Example: `imprint lift runs/store --select 'quality < 0.8 or demand > 100'`
     """
-    from pipelines.convert_recipe import load_recipe
-    from pipelines.promotion import choose, promote
+    from pipelines.conversion.promotion import choose, promote
+    from pipelines.conversion.recipe import load_recipe
 
     if store is not None and select is None and not dry_run:
         convert(source, store, Method.lift, base, hypernetwork, preset, recipe, changes)
@@ -316,12 +316,12 @@ def evaluate(
 
     Example: `imprint evaluate --count 100 --level 1 --out runs/evaluation`
     """
-    from core.base_model import load_base
+    from core.adapters.base_model import load_base
     from core.config import load
-    from core.hypernetwork import Hypernetwork
-    from pipelines.evaluate import evaluate as run_evaluation
-    from pipelines.evaluation_report import markdown, write_report
-    from pipelines.world import WorldSpec, generate
+    from core.shine.hypernetwork import Hypernetwork
+    from pipelines.evaluation.evaluate import evaluate as run_evaluation
+    from pipelines.evaluation.report import markdown, write_report
+    from pipelines.world.documents import WorldSpec, generate
 
     with told():
         values = f"seed={seed}", "split=test", f"count={count}"
@@ -355,14 +355,14 @@ def compare(
 
     Example: `imprint compare longdep_qa.jsonl --form loogle --base Qwen/Qwen3-0.6B --out runs/loogle`
     """
-    from core.base_model import load_base
+    from core.adapters.base_model import load_base
     from core.config import load
-    from core.hypernetwork import Hypernetwork
-    from pipelines.benchmark_readers import READERS
-    from pipelines.lift_comparison import ComparisonSettings
-    from pipelines.lift_comparison import compare as run_comparison
-    from pipelines.lift_report import markdown, write_lift_report
-    from pipelines.long_documents import long_documents
+    from core.shine.hypernetwork import Hypernetwork
+    from pipelines.evaluation.benchmark_readers import READERS
+    from pipelines.evaluation.lift_comparison import ComparisonSettings
+    from pipelines.evaluation.lift_comparison import compare as run_comparison
+    from pipelines.evaluation.lift_report import markdown, write_lift_report
+    from pipelines.evaluation.long_documents import long_documents
 
     with told():
         settings = load(ComparisonSettings, recipe, changes or ())
@@ -395,9 +395,9 @@ def plan(
 
     Example: `imprint plan lift notes/ --base Qwen/Qwen3-0.6B`
     """
-    from pipelines.plan_outcomes import plan_of_run
-    from pipelines.plan_tables import plan_tables, taken_table
-    from pipelines.planning import load_plan_recipe, plan_conversion, plan_lifting
+    from pipelines.conversion.plan_outcomes import plan_of_run
+    from pipelines.conversion.plan_tables import plan_tables, taken_table
+    from pipelines.conversion.planning import load_plan_recipe, plan_conversion, plan_lifting
 
     with told():
         given = (recipe, prices, gpus, changes or ())
@@ -434,8 +434,8 @@ def import_shine(
 
     Example: `imprint import-shine checkpoint-7 runs/shine --base Qwen/Qwen3-8B`
     """
-    from core.base_model import load_base
-    from core.hypernetwork import Hypernetwork, HypernetworkSettings
+    from core.adapters.base_model import load_base
+    from core.shine.hypernetwork import Hypernetwork, HypernetworkSettings
 
     with told():
         settings = HypernetworkSettings(
@@ -459,7 +459,7 @@ def export(
 
     Example: `imprint export runs/store vostilo.txt runs/peft/vostilo`
     """
-    from pipelines.exporting import export_peft
+    from pipelines.conversion.exporting import export_peft
 
     with told():
         export_peft(store, tenant, collection, document, base, out)

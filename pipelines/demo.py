@@ -20,25 +20,25 @@ import httpx
 from rich.console import Console
 from rich.table import Table
 
-from core.base_model import load_base
+from core.adapters.base_model import load_base
+from core.adapters.lora import LoraWeights, stack
 from core.config import load
-from core.documents import Document
-from core.hypernetwork import Hypernetwork
-from core.lora import LoraWeights, stack
-from core.metrics import exact_match
-from core.store import Store
-from pipelines import world
-from pipelines.convert import convert
-from pipelines.convert_recipe import ConvertRecipe
-from pipelines.evaluate import Report, evaluate
-from pipelines.evaluation_report import write_report
-from pipelines.plots import training_curves
-from pipelines.progress import training_progress
-from pipelines.receipts import Summary
-from pipelines.recipe import HypernetworkRecipe
-from pipelines.reference import REFERENCE
-from pipelines.train import train
-from pipelines.world import WorldDocument
+from core.shine.hypernetwork import Hypernetwork
+from core.store.store import Store
+from core.text.documents import Document
+from core.training.metrics import exact_match
+from pipelines.conversion.convert import convert
+from pipelines.conversion.receipts import Summary
+from pipelines.conversion.recipe import ConvertRecipe
+from pipelines.evaluation.evaluate import Report, evaluate
+from pipelines.evaluation.plots import training_curves
+from pipelines.evaluation.report import write_report
+from pipelines.training.progress import training_progress
+from pipelines.training.recipe import HypernetworkRecipe
+from pipelines.training.train import train
+from pipelines.world import documents as world
+from pipelines.world.documents import WorldDocument
+from pipelines.world.reference import REFERENCE
 
 RECIPE = Path(__file__).parent / "recipes" / "demo.toml"
 TRAINING_DOCUMENTS = 6000

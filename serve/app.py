@@ -17,8 +17,8 @@ from fastapi import FastAPI
 from ray import serve as rs
 from transformers import AutoConfig
 
-from core.base_model import load_base
-from core.store import Store
+from core.adapters.base_model import load_base
+from core.store.store import Store
 from serve.api import create_app
 from serve.service import Service
 from serve.settings import ServeSettings

@@ -1,4 +1,4 @@
-"""The async shell over `core.engine`: one thread steps, tokens reach the requests of one event loop.
+"""The async shell over `core.engine.token_loop`: one thread steps, tokens reach the requests of one event loop.
 
 In: `Request`s. Out: their `Token`s, as they are made. Text, names and HTTP are not known here. The thread sleeps while there
 is nothing to do. Submitting and cancelling run in a thread of their own, in order, because checking a large adapter takes
@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 
-from core.engine import Engine, EngineStats, Request, Token
+from core.engine.token_loop import Engine, EngineStats, Request, Token
 
 log = logging.getLogger(__name__)
 

@@ -18,11 +18,11 @@ from dataclasses import dataclass
 
 import torch
 
-from core.adapter import AdapterSpec, AdapterWeights
-from core.adapter_writing import changes_anything
-from core.gated_memory import weights_of
-from core.manifest import AdapterRow
-from core.store import Store
+from core.adapters.deltas import changes_anything
+from core.adapters.gated_memory import weights_of
+from core.adapters.spec import AdapterSpec, AdapterWeights
+from core.store.manifest import AdapterRow
+from core.store.store import Store
 
 
 class AdapterUnusable(ValueError):

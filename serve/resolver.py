@@ -7,10 +7,10 @@ to be shown in the context.
 
 An adapter answers only if it was made for the document's present content and for this base: its producer's `config["base"]` is
 the base's fingerprint, and if it is of the kind that the engine runs. Of several producers the one that wrote last answers,
-unless one is named. A document whose adapter is missing (its text was edited) or withheld (by `core.quality_gate`), or that took
-several windows, answers in context.
+unless one is named. A document whose adapter is missing (its text was edited) or withheld (by `core.writing.quality_gate`), or
+that took several windows, answers in context.
 
-Knows nothing of tensors and HTTP. Cost: two look-ups in the store, which may read storage (`core.part_reader`);
+Knows nothing of tensors and HTTP. Cost: two look-ups in the store, which may read storage (`core.store.part_reader`);
 `refresh_forever` asks the storage for a newer version every `refresh_s`, so an update is seen within that time and the time of
 the refresh itself.
 """
@@ -28,10 +28,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import JsonValue
 
-from core.documents import nfc
-from core.index import continue_after
-from core.manifest import AdapterRow, DocumentRow, Producer, StoreError
-from core.store import Store
+from core.store.errors import StoreError
+from core.store.index import continue_after
+from core.store.manifest import AdapterRow, DocumentRow, Producer
+from core.store.store import Store
+from core.text.documents import nfc
 from serve.schema import Mode, Source
 
 log = logging.getLogger(__name__)

@@ -101,7 +101,7 @@ class ChatMessage(_Body):
     name: str | None = None
 
     def plain(self) -> dict[str, str]:
-        """As `core.prompts` wants it."""
+        """As `core.text.prompts` wants it."""
         return {"role": "system" if self.role == "developer" else self.role, "content": self.content}
 
 

@@ -2,8 +2,8 @@
 
 In: `ChatRequest`s and `CompletionRequest`s. Out: `Answer`s, whose pieces come as they are made, and `ApiError`s. A prompt with a
 document that is too long is cut in the middle (LIFT's head and tail), which the answer says. Requests that name a document and
-are not turned away at the door count as its demand (`core.demand`). Knows nothing of HTTP and Ray. Texts of requests and answers
-are never logged.
+are not turned away at the door count as its demand (`core.store.demand`). Knows nothing of HTTP and Ray. Texts of requests and
+answers are never logged.
 """
 
 import asyncio
@@ -15,16 +15,16 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import NamedTuple, get_args
 
-from core.adapter import AdapterSpec, AdapterWeights, Gate, common_spec
-from core.base_model import BaseModel, tokenizer_of
-from core.demand import DemandCounter
-from core.engine import Engine, Request, Sampling, Token
-from core.gated_memory import memory_spec
-from core.lift_examples import Wording
-from core.lora import check_fits
-from core.manifest import StoreError
-from core.prompts import encode, head_tail, in_context, prompt, stop_ids
-from core.store import Store
+from core.adapters.base_model import BaseModel, tokenizer_of
+from core.adapters.gated_memory import memory_spec
+from core.adapters.lora import check_fits
+from core.adapters.spec import AdapterSpec, AdapterWeights, Gate, common_spec
+from core.engine.token_loop import Engine, Request, Sampling, Token
+from core.lift.examples import Wording
+from core.store.demand import DemandCounter
+from core.store.errors import StoreError
+from core.store.store import Store
+from core.text.prompts import encode, head_tail, in_context, prompt, stop_ids
 from serve.engines import AsyncEngine, Draining, EngineFailed, Overloaded, Refused
 from serve.residency import AdapterUnusable, Residency
 from serve.resolver import ModeImpossible, Resolution, Resolver, UnknownModel

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from core.adapter import Kind
+from core.adapters.spec import Kind
 from core.config import RunSection, Section
 
 
@@ -16,7 +16,7 @@ class ServeRun(RunSection):
     max_length: prompt and answer of one request in tokens, by default what the base takes. default_max_tokens: of an answer whose
     request names no number. drain_s: what requests under way get to end at a stop. demand_write_s: the requests of each document
     are written into the store so often, and at a stop; 0 for never. demand_documents: beyond so many on one day, those that are
-    asked for least are forgotten (`core.demand`).
+    asked for least are forgotten (`core.store.demand`).
     """
 
     host: str = "127.0.0.1"

@@ -19,7 +19,7 @@ _WINDOW, _WINDOW_KEPT = 64, 16
 class AnswerText:
     """The text of one answer. `stopped` is true from the first stop string on.
 
-    strip: leave out blanks around the whole, as `core.prompts.clean_answer` does.
+    strip: leave out blanks around the whole, as `core.text.prompts.clean_answer` does.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str] = (), strip: bool = False) -> None:

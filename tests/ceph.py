@@ -23,9 +23,11 @@ from urllib.request import urlopen
 
 import pytest
 
+from tests.places import ROOT
+
 PROGRAMS = ("ceph", "ceph-mon", "ceph-osd", "monmaptool", "radosgw", "radosgw-admin")
 PACKAGES = ("ceph-mon", "ceph-osd", "radosgw")
-UNPACKED = Path(__file__).parent.parent / "runs" / "ceph"
+UNPACKED = ROOT / "runs" / "ceph"
 START_S = 120
 
 Daemon = Literal["ceph-mon", "ceph-osd", "radosgw"]

@@ -3,15 +3,15 @@
 from pathlib import Path
 
 import torch
-from models import SHAPE
 from transformers import AutoModelForCausalLM, Qwen3Config
 
-from core.base_model import BaseModel, load_base
-from core.hypernetwork import Hypernetwork, HypernetworkSettings
-from core.objects import open_objects
-from core.store import Store
-from pipelines.convert_recipe import ConvertRecipe
-from pipelines.world_tokenizer import build_tokenizer
+from core.adapters.base_model import BaseModel, load_base
+from core.shine.hypernetwork import Hypernetwork, HypernetworkSettings
+from core.store.opening import open_objects
+from core.store.store import Store
+from pipelines.conversion.recipe import ConvertRecipe
+from pipelines.world.tokenizer import build_tokenizer
+from tests.models import SHAPE
 
 
 def tiny_recipe(folder: Path, seed: int = 0) -> ConvertRecipe:

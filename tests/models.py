@@ -5,10 +5,10 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
-from core.base_model import BaseModel
-from core.lora import LoraWeights
-from pipelines.world import WorldSpec, generate, write
-from pipelines.world_tokenizer import build_tokenizer
+from core.adapters.base_model import BaseModel
+from core.adapters.lora import LoraWeights
+from pipelines.world.documents import WorldSpec, generate, write
+from pipelines.world.tokenizer import build_tokenizer
 
 SHAPE = {
     "vocab_size": 89,

@@ -1,7 +1,7 @@
 """Documents and their sentences, for the tests of question writing."""
 
-from core.documents import Document
-from core.sentences import sentences
+from core.text.documents import Document
+from core.text.sentences import sentences
 
 
 def document(text: str, title: str = "", name: str = "d", tenant: str = "t") -> Document:

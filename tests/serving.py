@@ -10,14 +10,14 @@ import httpx
 import torch
 from transformers import AutoModelForCausalLM
 
-from core.base_model import BaseModel
-from core.documents import Document, Window
-from core.engine import Request, generate
-from core.lora import LoraWeights
-from core.manifest import NewAdapter, Producer
-from core.prompts import clean_answer, in_context, prompt, stop_ids
-from core.store import Store
-from pipelines.world_tokenizer import build_tokenizer
+from core.adapters.base_model import BaseModel
+from core.adapters.lora import LoraWeights
+from core.engine.token_loop import Request, generate
+from core.store.manifest import NewAdapter, Producer
+from core.store.store import Store
+from core.text.documents import Document, Window
+from core.text.prompts import clean_answer, in_context, prompt, stop_ids
+from pipelines.world.tokenizer import build_tokenizer
 from serve.api import create_app
 from serve.service import Service
 from serve.settings import ServeRun, ServeSettings
@@ -84,7 +84,7 @@ def make_world(path: Path, names: Sequence[str] = NAMES, base: BaseModel | None 
 
 
 def offline(world: World, question: str, adapter: int | None, shown: str | None = None, tokens: int = TOKENS) -> str:
-    """The answer of `core.engine.generate`: under one adapter or none, with a document shown or without."""
+    """The answer of `core.engine.token_loop.generate`: under one adapter or none, with a document shown or without."""
     tokenizer = world.base.tokenizer
     assert tokenizer is not None
     ids = prompt(tokenizer, [{"role": "user", "content": question if shown is None else in_context(shown, question)}])

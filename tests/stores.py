@@ -4,10 +4,10 @@ from pathlib import Path
 
 import torch
 
-from core.adapter import AdapterSpec, SiteShape
-from core.documents import Document, Window
-from core.manifest import NewAdapter, Producer
-from core.store import Store
+from core.adapters.spec import AdapterSpec, SiteShape
+from core.store.manifest import NewAdapter, Producer
+from core.store.store import Store
+from core.text.documents import Document, Window
 
 SPEC = AdapterSpec(((SiteShape("q", 4, 6), SiteShape("down", 6, 4)),) * 2, rank=2)
 PRODUCER = Producer(method="shine", weights="w" * 64, config={"base": "tiny", "quantised": None, "sizes": [1, 2.5]})

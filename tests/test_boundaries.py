@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.places import ROOT
+
 PACKAGES = ("core", "pipelines", "serve")
 LONGEST_FILE_LINES = 500
 PICKLES = {"cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve"}
@@ -143,9 +144,17 @@ def test_checks_catch(check: Check, code: str) -> None:
     ("check", "file", "code"),
     [
         (_ray_serve_elsewhere, "serve/app.py", "from ray import serve as rs"),
-        (_ray_serve_elsewhere, "pipelines/train.py", "import ray\nray.data.read_text(path)\nfrom serve.api import build"),
+        (
+            _ray_serve_elsewhere,
+            "pipelines/training/train.py",
+            "import ray\nray.data.read_text(path)\nfrom serve.api import build",
+        ),
         (_plain_serve, "serve/app.py", "from ray import serve as rs\nfrom serve.api import build\nimport server"),
-        (_unpickles, "core/foreign_formats.py", "from pickle import UnpicklingError\ntorch.load(path, weights_only=True)"),
+        (
+            _unpickles,
+            "core/adapters/foreign_formats.py",
+            "from pickle import UnpicklingError\ntorch.load(path, weights_only=True)",
+        ),
     ],
 )
 def test_checks_let_pass(check: Check, file: str, code: str) -> None:

@@ -13,10 +13,10 @@ from typer.testing import CliRunner
 
 import imprint
 from benchmarks.readme import rendered
-from core.base_model import load_base
-from core.hypernetwork import Hypernetwork
-from core.store import Store
-from tests.test_shine_parity import GOLDEN, golden_base, golden_settings
+from core.adapters.base_model import load_base
+from core.shine.hypernetwork import Hypernetwork
+from core.store.store import Store
+from tests.core.shine.test_shine_parity import GOLDEN, golden_base, golden_settings
 
 ROOT = Path(imprint.__file__).parent
 COMMANDS = (

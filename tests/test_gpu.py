@@ -4,12 +4,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
-from core.base_model import BaseModel
-from core.engine import Request, generate
-from core.hypernetwork import Hypernetwork, HypernetworkSettings
-from core.lora import attach
+from core.adapters.base_model import BaseModel
+from core.adapters.lora import attach
+from core.engine.token_loop import Request, generate
+from core.shine.hypernetwork import Hypernetwork, HypernetworkSettings
+from tests.core.shine.test_shine_parity import SETS, from_tensors, golden_base, load, lora_difference, loss_and_logits
 from tests.models import random_adapters, random_ids, tiny_base
-from tests.test_shine_parity import SETS, from_tensors, golden_base, load, lora_difference, loss_and_logits
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 

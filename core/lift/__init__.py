@@ -1,0 +1,1 @@
+"""LIFT: fine-tuning on one long document, many documents at once."""

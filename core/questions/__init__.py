@@ -1,0 +1,1 @@
+"""Questions about a document: by rule, from an endpoint."""

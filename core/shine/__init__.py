@@ -1,0 +1,1 @@
+"""SHINE: a hypernetwork writes a document's adapter in one forward pass."""

@@ -1,0 +1,1 @@
+"""Text and adapters on objects: packed shards, a Parquet manifest, optimistic commits."""

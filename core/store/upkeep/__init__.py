@@ -1,0 +1,1 @@
+"""A store's upkeep: compaction, collection, erasure, verification, comparison."""

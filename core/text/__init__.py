@@ -1,0 +1,1 @@
+"""Everything that is only text: documents, sentences, tokens, parsing, retrieval, prompts."""

@@ -1,0 +1,214 @@
+"""All that a model sees, as token ids: documents, conversations, what of them is supervised, and where they are cut.
+
+In: texts, and any Hugging Face tokenizer with a chat template. Out: lists of ids, and labels that are -100 where nothing is
+supervised. Training and inference share these functions. A conversation is tokenised in pieces that end where a generation
+prompt ends and where an answer ends, so that `prompt` gives exactly the ids that `render` put before the answer. A past answer
+keeps the form in which it was written, also under templates that rewrite the past (Qwen3 drops empty think blocks).
+
+Knows nothing of tensors, padding and batches (core.training.examples). Costs two renderings of the template for every assistant
+turn. Special tokens that stand literally in a text are read as special tokens, as the tokenizer does it.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from jinja2 import TemplateError
+from pydantic import PositiveInt
+from transformers import PreTrainedTokenizerBase
+
+from core.config import Section
+
+IGNORED = -100
+ROLES = ("system", "user", "assistant")
+_PROBE = "\ue000"  # a private-use character: no template writes it
+
+Message = Mapping[str, str]
+
+
+class Turn(NamedTuple):
+    """One question and its answer."""
+
+    user: str
+    assistant: str
+
+
+class Instructions(Section):
+    """What asks for a text back, and what stands between the texts of one context. Defaults: the released SHINE.
+
+    To a stock tokenizer `<RECON>` and `<COMP>` are plain text of several tokens; the release adds them as tokens but never
+    trains their embeddings.
+    """
+
+    reconstruct: str = "<RECON>"
+    complete: str = "<COMP>"
+    separator: str = "<|endoftext|>"
+
+
+class Limits(Section):
+    """Most tokens of a context and of a conversation; both are cut on the right. Defaults: SHINE's many-question stage."""
+
+    context_tokens: PositiveInt = 1150
+    conversation_tokens: PositiveInt = 1150
+
+
+class _Piece(NamedTuple):
+    text: str
+    answer: bool
+
+
+def render(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn]) -> tuple[list[int], list[int]]:
+    """A conversation as (ids, labels) of equal length.
+
+    Supervised are, in every turn, the answer, the end mark and what the template writes behind it (ChatML: a line feed).
+    Raises `ValueError` without a chat template, or with one whose generation prompt does not open the assistant message.
+    """
+    if not turns:
+        raise ValueError("a conversation needs at least one turn")
+    messages = []
+    for user, assistant in turns:
+        messages += [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
+    ids: list[int] = []
+    labels: list[int] = []
+    for piece in _pieces(tokenizer, messages):
+        part = encode(tokenizer, piece.text)
+        ids += part
+        labels += part if piece.answer else [IGNORED] * len(part)
+    return ids, labels
+
+
+def prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
+    """The ids after which a model writes its answer to `messages` (each with `role` and `content`).
+
+    Raises `ValueError` for an unknown role, for content that is no text, for a last message from the assistant, and where the
+    template refuses the conversation.
+    """
+    if not messages:
+        raise ValueError("messages is empty: give at least one message from the user")
+    for place, message in enumerate(messages):
+        if message.get("role") not in ROLES:
+            raise ValueError(f"message {place} has role {message.get('role')!r}: give one of {', '.join(ROLES)}")
+        if not isinstance(message.get("content"), str):
+            raise ValueError(f"message {place} has no text as its content: give a string")
+    if messages[-1]["role"] == "assistant":
+        raise ValueError("the last message is the assistant's: end with the message that is to be answered")
+    return [token for piece in _pieces(tokenizer, messages) for token in encode(tokenizer, piece.text)]
+
+
+def in_context(document_text: str, question: str) -> str:
+    """What a user says who shows the document and asks: text, blank line, question."""
+    return f"{document_text}\n\n{question}"
+
+
+def clean_answer(text: str) -> str:
+    """An answer without the blanks and line feeds that a template puts around it."""
+    return text.strip()
+
+
+def stop_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The ids that end an answer: the tokenizer's end token, and the special tokens that the template writes behind answers."""
+    stop = {tokenizer.eos_token_id}
+    if tokenizer.chat_template is not None:
+        _, labels = render(tokenizer, [Turn("", "")])
+        stop.update(set(labels) & set(tokenizer.all_special_ids))
+    return frozenset(stop - {None})
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The ids of a text alone: no template, no begin or end token."""
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def encode_context(tokenizer: PreTrainedTokenizerBase, text: str, limits: Limits) -> list[int]:
+    """A document as the hypernetwork reads it: raw text, cut on the right. Raises `ValueError` for a text without tokens."""
+    ids = encode(tokenizer, text)[: limits.context_tokens]
+    if not ids:
+        raise ValueError("the document is empty: there is nothing to make an adapter from")
+    return ids
+
+
+def cut_text(tokenizer: PreTrainedTokenizerBase, text: str, limits: Limits) -> str:
+    """The part of a document that `encode_context` keeps, as text: for prompts that show the document.
+
+    A character that the limit splits is kept whole. Raises `ValueError` for a long text and a tokenizer without offsets.
+    """
+    if len(encode(tokenizer, text)) <= limits.context_tokens:
+        return text
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"the text is longer than {limits.context_tokens} tokens and {type(tokenizer).__name__} cannot say "
+            "where in the text a token ends: load the fast tokenizer, or shorten the text"
+        )
+    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    return text[: offsets[limits.context_tokens - 1][1]]
+
+
+def head_tail(ids: Sequence[int], limit: int, ellipsis_ids: Sequence[int]) -> list[int]:
+    """A prompt cut in the middle: head, ellipsis, tail, `limit` tokens together (LIFT v3; an odd limit favours the tail)."""
+    if len(ids) <= limit:
+        return list(ids)
+    head = limit // 2 - len(ellipsis_ids)
+    if head < 0:
+        raise ValueError(f"a limit of {limit} tokens has no room for an ellipsis of {len(ellipsis_ids)}: raise the limit")
+    tail = limit - limit // 2
+    return [*ids[:head], *ellipsis_ids, *ids[len(ids) - tail :]]
+
+
+def _pieces(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[_Piece]:
+    """Prompts and answers in turn; they end with the generation prompt unless the last message is an answer."""
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            f"the tokenizer of {_name(tokenizer)} has no chat template: take an instruction-tuned base, "
+            "or set tokenizer.chat_template and save the tokenizer"
+        )
+    pieces: list[_Piece] = []
+    told = reply = ""
+    answered = 0
+    for place, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        asked = _template(tokenizer, messages[:place], generate=True)
+        whole = _template(tokenizer, messages[: place + 1], generate=False)
+        if not whole.startswith(asked):
+            raise ValueError(
+                f"the chat template of {_name(tokenizer)} is not prefix-consistent: the text up to the generation prompt "
+                f"(ends {asked[-40:]!r}) does not open the text with the answer (ends {whole[-80:]!r}), so training and "
+                "inference would see different prompts; use a template whose generation prompt opens the assistant message"
+            )
+        pieces.append(_Piece(asked[_past(tokenizer, messages[:answered], asked, told, reply) :], answer=False))
+        told, reply, answered = whole, whole[len(asked) :], place + 1
+        pieces.append(_Piece(reply, answer=True))
+    if answered < len(messages):
+        asked = _template(tokenizer, messages, generate=True)
+        pieces.append(_Piece(asked[_past(tokenizer, messages[:answered], asked, told, reply) :], answer=False))
+    return pieces
+
+
+def _past(tokenizer: PreTrainedTokenizerBase, past: Sequence[Message], asked: str, told: str, reply: str) -> int:
+    """Where in `asked` the past ends: `told` when it was the present, and its last answer was `reply`."""
+    if asked.startswith(told):
+        return len(told)
+    # The template rewrites the past. What stands before a next question is that past and the user's header.
+    probe = _template(tokenizer, [*past, {"role": "user", "content": _PROBE}], generate=True)
+    before = probe[: probe.rfind(_PROBE)]
+    end = before.rfind(reply) + len(reply)
+    if reply not in before or not asked.startswith(before[:end]):
+        raise ValueError(
+            f"the chat template of {_name(tokenizer)} is not prefix-consistent: it rewrites past answers "
+            f"(wanted {reply[-40:]!r}); use one conversation per question"
+        )
+    return end
+
+
+def _template(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, generate: bool) -> str:
+    try:
+        text = tokenizer.apply_chat_template(
+            [dict(message) for message in messages], tokenize=False, add_generation_prompt=generate, enable_thinking=False
+        )
+    except TemplateError as error:
+        raise ValueError(f"the chat template of {_name(tokenizer)} refuses this conversation: {error}") from None
+    assert isinstance(text, str)
+    return text
+
+
+def _name(tokenizer: PreTrainedTokenizerBase) -> str:
+    return tokenizer.name_or_path or type(tokenizer).__name__

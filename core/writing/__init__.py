@@ -1,0 +1,1 @@
+"""From documents to checked adapters: the interface of all methods, and the quality gate."""

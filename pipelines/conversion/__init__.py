@@ -1,0 +1,1 @@
+"""Corpora into stores of adapters, with Ray Data."""

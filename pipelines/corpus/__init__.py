@@ -1,0 +1,1 @@
+"""Corpora of files as rows of documents."""

@@ -1,0 +1,1 @@
+"""What adapters answer, beside the base and the controls."""

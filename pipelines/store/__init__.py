@@ -1,0 +1,1 @@
+"""`imprint store`: a store's contents and its upkeep on the command line."""

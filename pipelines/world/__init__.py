@@ -1,0 +1,1 @@
+"""The reference world: invented documents with questions, its tokenizer and its weights."""
