@@ -5,10 +5,10 @@ A name is `base`, `base:document` in the collection that the server calls its ow
 `-._~`), so that a name may hold anything. In: such a name. Out: a `Resolution`: the base alone, an adapter, or the stored text
 to be shown in the context.
 
-An adapter answers only if it was made for the document's present content and for this base: its producer's `config["base"]` is
-the base's fingerprint, and if it is of the kind that the engine runs. Of several producers the one that wrote last answers,
-unless one is named. A document whose adapter is missing (its text was edited) or withheld (by `core.writing.quality_gate`), or
-that took several windows, answers in context.
+An adapter answers only if it was made for the document's present content and for this base (its producer's `config["base"]` is
+the base's fingerprint), and if the engine can run it: its kind, its sites, its rank. Which of those answers is
+`core.store.answering`'s rule. One that was found unusable when it was loaded (`refuse`) is passed over from then on, so that an
+earlier one answers, or the text in context, and nobody loads it again. A document that no adapter answers for answers in context.
 
 Knows nothing of tensors and HTTP. Cost: two look-ups in the store, which may read storage (`core.store.part_reader`);
 `refresh_forever` asks the storage for a newer version every `refresh_s`, so an update is seen within that time and the time of
@@ -18,7 +18,6 @@ the refresh itself.
 import asyncio
 import logging
 import time
-from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -28,6 +27,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import JsonValue
 
+from core.adapters.spec import AdapterSpec
+from core.store.answering import choose
 from core.store.errors import StoreError
 from core.store.index import continue_after
 from core.store.manifest import AdapterRow, DocumentRow, Producer
@@ -37,8 +38,7 @@ from serve.schema import Mode, Source
 
 log = logging.getLogger(__name__)
 
-NO_ADAPTER = "no adapter for this content and base yet"
-WITHHELD = "its adapter is withheld: it did not pass the quality gate"
+MOST_REFUSED = 10_000
 
 
 class UnknownModel(ValueError):
@@ -109,7 +109,7 @@ class Resolver:
     """The models of one tenant. collection: the one whose documents need no collection in their model name.
 
     base_fingerprint: of the base that is served. producer: fingerprint of the only producer whose adapters may answer; None for
-    any that was made for this base. `kind_name` is that of the adapters that may answer (`AdapterSpec.kind_name`).
+    any that was made for this base.
     """
 
     def __init__(
@@ -121,7 +121,9 @@ class Resolver:
         self._base = base
         self._base_fingerprint = base_fingerprint
         self._producer = producer
-        self.kind_name = "lora"
+        self.spec: AdapterSpec | None = None
+        """What the engine runs; None for all that fits the base."""
+        self._refused: dict[tuple[str, str], str] = {}
         self._refreshed = time.monotonic()
         if store.producers() and not self._fitting():
             log.warning("no producer in %s made adapters for this base: its documents answer in context", store.url)
@@ -220,24 +222,38 @@ class Resolver:
 
     def _of_document(self, document: DocumentRow, adapters: Iterable[AdapterRow], fitting: Collection[str]) -> Resolution:
         model = self.model_name(document.collection, document.name)
-        kinds: defaultdict[str, list[AdapterRow]] = defaultdict(list)
+        able: list[AdapterRow] = []
+        unable: list[str] = []
         for row in adapters:
             if row.producer_fingerprint in fitting and self._producer in (None, row.producer_fingerprint):
-                kinds[self._store.spec(row.spec_fingerprint).kind_name].append(row)
-        rows = kinds[self.kind_name]
-        if not rows:
-            others = " and ".join(sorted(kinds.keys() - {self.kind_name}))
-            reason = f"its adapter is a {others}, and this server runs {self.kind_name}" if others else NO_ADAPTER
-            return Resolution(model, "in_context", document, reason=reason)
-        withheld = {_series(row) for row in rows if row.withheld}
-        rows = [row for row in rows if _series(row) not in withheld]
-        if not rows:
-            return Resolution(model, "in_context", document, reason=WITHHELD)
-        newest = max(rows, key=lambda row: (row.created, row.adapter_id))
-        windows = {row.window for row in rows if row.producer_fingerprint == newest.producer_fingerprint}
-        if len(windows) > 1:
-            return Resolution(model, "in_context", document, reason=f"its adapters cover {len(windows)} windows")
-        return Resolution(model, "adapter", document, newest)
+                why = self._refused.get((row.adapter_id, row.blob_hash)) or self._cannot_run(row.spec_fingerprint)
+                if why is None:
+                    able.append(row)
+                else:
+                    unable.append(why)
+        chosen = choose(able)
+        if chosen.row is not None:
+            return Resolution(model, "adapter", document, chosen.row)
+        return Resolution(model, "in_context", document, reason=chosen.reason if able or not unable else unable[0])
+
+    def refuse(self, row: AdapterRow, why: str) -> None:
+        """From now on these bytes do not answer, and `why` is what a client is told instead."""
+        if len(self._refused) >= MOST_REFUSED:
+            del self._refused[next(iter(self._refused))]
+        self._refused[row.adapter_id, row.blob_hash] = why
+
+    def _cannot_run(self, spec_fingerprint: str) -> str | None:
+        """Why the engine does not run adapters of a spec; None where it does."""
+        if self.spec is None:
+            return None
+        spec = self._store.spec(spec_fingerprint)
+        if spec.kind_name != self.spec.kind_name:
+            return f"its adapter is a {spec.kind_name}, and this server runs {self.spec.kind_name}"
+        if not self.spec.has_sites_of(spec):
+            return "its adapter changes sites that this server does not run"
+        if spec.rank > self.spec.rank:
+            return f"its adapter has rank {spec.rank}, and this server was started for rank {self.spec.rank} (max_rank)"
+        return None
 
     def _fitting(self) -> set[str]:
         """Fingerprints of the producers whose adapters are for this base."""
@@ -245,8 +261,3 @@ class Resolver:
 
     def _is_for_base(self, producer: Producer) -> bool:
         return producer.config.get("base") == self._base_fingerprint
-
-
-def _series(row: AdapterRow) -> tuple[str, str]:
-    """What adapters of a document's windows share: where one of them is withheld, the others know a part of it only."""
-    return row.producer_fingerprint, row.encoding

@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 RETRY_AFTER_S = 1
 RANK_OF_AN_EMPTY_STORE = 8
 ELLIPSIS = Wording().ellipsis
+UNUSABLE = "its adapter cannot be used here: the server's log says why"
 
 
 class Piece(NamedTuple):
@@ -78,7 +79,7 @@ class Service:
             store, settings.tenant, settings.collection, settings.served_name, base.fingerprint, settings.producer
         )
         spec = _served_spec(base, store, self.resolver, settings)
-        self.resolver.kind_name = spec.kind_name
+        self.resolver.spec = spec
         self.residency = Residency(store, spec, base.dtype, run.adapter_memory_bytes, run.parallel_loads)
         self.engine = AsyncEngine(
             Engine(base, spec, run.slots, run.max_length, run.prefill_tokens_per_step), max_queued=run.max_queued_requests
@@ -113,7 +114,7 @@ class Service:
             resolution = (await asyncio.to_thread(self.resolver.resolve, body.model)).in_mode(body.imprint.mode)
             if resolution.document is not None:
                 self._demand.count(resolution.document.key)
-            adapter = None if resolution.adapter is None else await self.residency.get(resolution.adapter)
+            resolution, adapter = await self._resident(resolution, body)
             shown = None if resolution.shown is None else await asyncio.to_thread(self.resolver.text, resolution.shown)
             prompt_ids, cut = await asyncio.get_running_loop().run_in_executor(self._reading, self._fitting_ids, body, shown)
             resolution = replace(resolution, truncated=cut)
@@ -121,6 +122,19 @@ class Service:
             text = AnswerText(self._tokenizer, body.stop, strip=isinstance(body, ChatRequest))
             async with self.engine.submitted(request) as tokens:
                 yield Answer(request.request_id, resolution, len(prompt_ids), _pieces(tokens, text))
+
+    async def _resident(
+        self, resolution: Resolution, body: ChatRequest | CompletionRequest
+    ) -> tuple[Resolution, AdapterWeights | None]:
+        """The resolution with its adapter in memory; where that proves unusable, what answers without it."""
+        while resolution.adapter is not None:
+            try:
+                return resolution, await self.residency.get(resolution.adapter)
+            except AdapterUnusable as error:
+                log.warning("%s: it is passed over until the server is started again", error)
+                self.resolver.refuse(resolution.adapter, UNUSABLE)
+                resolution = (await asyncio.to_thread(self.resolver.resolve, body.model)).in_mode(body.imprint.mode)
+        return resolution, None
 
     async def _write_demand_forever(self, every_s: float) -> None:
         while True:

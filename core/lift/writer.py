@@ -6,12 +6,13 @@ but for rounding: draws are seeded by the content hash, pairs train in the docum
 questions are lost, is rejected alone.
 
 LoRAs above the serving rank are cut to it by truncated SVD (rank 128 on an 8B model is 698 MB in bf16, rank 16 a ninth of it);
-what the cut loses goes into the manifest, as relative error of the deltas and as share of the document's own questions.
+what the cut loses goes into the manifest, as relative error of the deltas and as share of questions. Each adapter goes through
+`core.writing.question_gate`: it answers only where it does better than what answers now. Its probes are not trained on: rules
+phrase every gap a second time, and of an endpoint's pairs one of every few passages is held out.
 
 With `run.scratch`, documents in training are saved there, under their adapter's id, and go on where they were when the same is
 asked again; replies to questions are kept there, too. The folder holds text and lies on a local disk. Knows nothing of stores and
-workers. Cost: LIFT's (core.lift.trainer), one forward pass of the hypernetwork, two passes over `quality_questions` examples, an
-SVD.
+workers. Cost: LIFT's (core.lift.trainer), one forward pass of the hypernetwork, an SVD, and the gate's.
 """
 
 import logging
@@ -23,33 +24,31 @@ from pathlib import Path
 from types import TracebackType
 from typing import Annotated, Any, Self
 
-import torch
-from pydantic import Field, JsonValue, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 from safetensors import SafetensorError
-from torch import Tensor
 
 from core.adapters import files as adapter_files
 from core.adapters.base_model import BaseModel, hash_tensors, tokenizer_of
-from core.adapters.codec import Encoding, decode, encode
+from core.adapters.codec import Encoding, encode
 from core.adapters.deltas import changes_anything
-from core.adapters.gated_memory import weights_of
 from core.adapters.lora import LoraWeights, composed, recompress, stack
-from core.adapters.spec import AdapterWeights
 from core.config import Section, identity
-from core.lift.course import FixedQuestions, PolledQuestions, Questions
-from core.lift.examples import question_example
+from core.lift.course import FixedQuestions, Questions
+from core.lift.question_source import AskedQuestions, QuestionSource, rule_probes
 from core.lift.settings import PRESETS, V4, LiftRun, LiftSettings
 from core.lift.trainer import Job, Lift, LiftResult, LiftState
-from core.questions.endpoint import PROMPT_VERSION, EndpointSettings
-from core.questions.rules import RULES_VERSION, RuleSettings, write_by_rules
+from core.questions.endpoint import EndpointSettings
+from core.questions.rules import write_by_rules
 from core.questions.stream import QuestionStream, QuestionWriter
 from core.shine.hypernetwork import Hypernetwork
 from core.shine.writer import HypernetworkWriter
 from core.store.manifest import Producer, adapter_id
 from core.text.documents import NORMALISER, Document, Window
 from core.text.tokens import Tokens, read
-from core.training.examples import IGNORED, QuestionAnswer, collate, plan_batches, question_answers
-from core.writing.writer import AdapterWriter, Outcome, Rejected, WindowRule, Written
+from core.training.examples import question_answers
+from core.writing.quality_gate import GateSettings
+from core.writing.question_gate import Probe, QuestionGate, QuestionGateSettings
+from core.writing.writer import AdapterWriter, Outcome, Rejected, Standing, StandingOf, WindowRule, Written
 
 log = logging.getLogger(__name__)
 
@@ -57,34 +56,16 @@ IN_ORDER_S = 1e9
 """Patience with which no pair overtakes an earlier one."""
 
 
-class QuestionSource(Section):
-    """Who writes the questions: the rules, or the language model behind `endpoint` where one is given.
-
-    Pairs train in the document's order, so `endpoint.run.patience_s` has no effect here.
-    """
-
-    rules: RuleSettings = RuleSettings()
-    endpoint: EndpointSettings | None = None
-
-    def producer(self) -> dict[str, JsonValue]:
-        """What of this bears identity."""
-        if self.endpoint is None:
-            return {"version": RULES_VERSION, "rules": identity(self.rules)}
-        return {"version": PROMPT_VERSION, "endpoint": identity(self.endpoint)}
-
-
 class LiftWritingRun(LiftRun):
     """Where and how fast, and what is checked.
 
     scratch: folder for documents in training, saved every `save_s`, and for replies to questions; None keeps neither.
     max_lost_share: a document that loses more of its passages to an endpoint's failures is rejected, to be made when asked again.
-    quality_questions: of a document's pairs, so many are asked back for its quality.
     """
 
     scratch: str | None = None
     save_s: NonNegativeFloat = 60.0
     max_lost_share: Annotated[float, Field(ge=0, le=1)] = 0.5
-    quality_questions: NonNegativeInt = 32
 
 
 class LiftRecipe(Section):
@@ -100,6 +81,7 @@ class LiftRecipe(Section):
     questions: QuestionSource = QuestionSource()
     pre_lift: str | None = None
     serving_rank: PositiveInt | None = 16
+    gate: QuestionGateSettings = QuestionGateSettings()
     run: LiftWritingRun = LiftWritingRun()
 
     @model_validator(mode="before")
@@ -127,24 +109,6 @@ def _merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return both
 
 
-class _Asked(PolledQuestions):
-    """An endpoint's pairs; `ValueError`, which ends this document alone, where too many of them are lost."""
-
-    def __init__(self, stream: QuestionStream, max_lost_share: float) -> None:
-        super().__init__(stream)
-        self.stream = stream
-        self._most = max_lost_share * len(stream.passages)
-
-    @property
-    def finished(self) -> bool:
-        failures = self.stream.failures
-        for failure in failures:
-            if len(failures) > self._most or failure.reason in ("endpoint", "cancelled"):
-                lost = f"{len(failures)} of {len(self.stream.passages)} passages lost their questions"
-                raise ValueError(f"{lost}, one of them to {failure.reason} ({failure.detail})")
-        return super().finished
-
-
 @dataclass(frozen=True, eq=False)
 class _Lifted:
     """A document in training."""
@@ -154,6 +118,7 @@ class _Lifted:
     tokens: int
     adapter_id: str
     questions: Questions
+    standing: Standing | None
 
 
 class LiftWriter(AdapterWriter):
@@ -189,6 +154,7 @@ class LiftWriter(AdapterWriter):
             (self._scratch / "states").mkdir(parents=True, exist_ok=True)
         endpoint = recipe.questions.endpoint
         self._questions = self._question_writer(endpoint) if self._asks and endpoint is not None else None
+        self._gate = QuestionGate(base, recipe.gate)
         self.producer = Producer(
             method="lift",
             weights=base.fingerprint if hypernetwork is None else hypernetwork.fingerprint(),
@@ -210,7 +176,8 @@ class LiftWriter(AdapterWriter):
         if missing := [entry for entry in hypernetwork.spec.table if entry[:3] not in known]:
             site = f"{missing[0].tensor} of {missing[0].site}"
             raise ValueError(f"the hypernetwork writes {site}, and LIFT trains none: take its sites into settings.adapter.sites")
-        return HypernetworkWriter(hypernetwork, "fp32", rule.model_copy(update={"long_documents": "windows"}))
+        ungated = GateSettings(share=0)
+        return HypernetworkWriter(hypernetwork, "fp32", rule.model_copy(update={"long_documents": "windows"}), gate=ungated)
 
     def _question_writer(self, endpoint: EndpointSettings) -> QuestionWriter:
         patient = endpoint.run.model_copy(update={"patience_s": IN_ORDER_S})
@@ -238,7 +205,9 @@ class LiftWriter(AdapterWriter):
             for each in adapter_ids:
                 self._state_path(each).unlink(missing_ok=True)
 
-    def write_each(self, documents: Sequence[Document], tokens: Sequence[Tokens] | None = None) -> Iterator[tuple[int, Outcome]]:
+    def write_each(
+        self, documents: Sequence[Document], tokens: Sequence[Tokens] | None = None, standing: StandingOf | None = None
+    ) -> Iterator[tuple[int, Outcome]]:
         """See `AdapterWriter.write_each`; the longest begin. Closed early, it saves what is in training."""
         if tokens is None:
             tokens = [read(self.tokenizer, document.text) for document in documents]
@@ -252,7 +221,8 @@ class LiftWriter(AdapterWriter):
         try:
             while waiting or training:
                 while lift.free and (place := _next(waiting, documents, training)) is not None:
-                    lifted = self._lifted(place, documents[place], tokens[place], streams.get(place))
+                    stands = None if standing is None else standing(documents[place])
+                    lifted = self._lifted(place, documents[place], tokens[place], streams.get(place), stands)
                     job = self._job(lifted, tokens[place])
                     failed = job if isinstance(job, Rejected) else lift.submit(job)
                     if failed is None:
@@ -272,14 +242,16 @@ class LiftWriter(AdapterWriter):
                 stream.cancel()
             self._save(lift, training)
 
-    def _lifted(self, place: int, document: Document, tokens: Tokens, stream: QuestionStream | None) -> _Lifted:
+    def _lifted(
+        self, place: int, document: Document, tokens: Tokens, stream: QuestionStream | None, standing: Standing | None
+    ) -> _Lifted:
         questions: Questions = FixedQuestions()
         if stream is not None:
-            questions = _Asked(stream, self._run.max_lost_share)
+            questions = AskedQuestions(stream, self._run.max_lost_share)
         elif self._asks:
             questions = FixedQuestions(tuple(question_answers(write_by_rules(document, self._recipe.questions.rules))))
         [named] = self.adapter_ids(document, tokens)
-        return _Lifted(place, document, len(tokens.ids), named, questions)
+        return _Lifted(place, document, len(tokens.ids), named, questions, standing)
 
     def _job(self, lifted: _Lifted, tokens: Tokens) -> Job | Rejected:
         """A document to train, from where it was left or from its start."""
@@ -297,7 +269,7 @@ class LiftWriter(AdapterWriter):
 
     def _finish(self, lifted: _Lifted, result: LiftResult) -> Outcome:
         lost = 0
-        if isinstance(lifted.questions, _Asked):
+        if isinstance(lifted.questions, AskedQuestions):
             lost = len(lifted.questions.stream.failures)
             lifted.questions.stream.cancel()
         if result.weights is None:
@@ -313,23 +285,25 @@ class LiftWriter(AdapterWriter):
             vector = encode(stored.flat_BN[0], self.encoding, self.spec)
         except ValueError as fault:
             return Rejected(f"the adapter cannot be encoded: {fault}")
-        measured = self._measured(lifted, result.weights, vector)
-        new = self.new_adapter(lifted.document, Window(0, lifted.tokens), vector, error, *measured)
-        return Written((new,), error or 0.0, lost)
+        new = self.new_adapter(lifted.document, Window(0, lifted.tokens), vector, error)
+        standing = lifted.standing
+        judged = self._gate.judged(
+            new,
+            lifted.document.text,
+            self._probes(lifted),
+            None if standing is None else standing.weights.to(self._base.device),
+            None if standing is None else standing.adapter_id,
+            result.weights if self._cuts else None,
+        )
+        return Written((judged,), error or 0.0, lost)
 
-    def _measured(self, lifted: _Lifted, trained: AdapterWeights, vector: bytes) -> tuple[float | None, float | None]:
-        """Quality of the adapter as stored, and what the cut took from it; None where there is no question to ask."""
-        pairs, most = lifted.questions.ready(), self._run.quality_questions
-        if not pairs or not most:
-            return None, None
-        picked = pairs[:: -(-len(pairs) // most)]
-        device = self._base.device
-        stored = weights_of(self.spec, decode(vector, self.spec, self.encoding)[None].to(device))
-        quality = recall(self._base, stored, picked, self._run.micro_batch_tokens)
-        if not self._cuts or quality is None:
-            return quality, None
-        before = recall(self._base, trained, picked, self._run.micro_batch_tokens)
-        return quality, None if before is None else before - quality
+    def _probes(self, lifted: _Lifted) -> list[Probe]:
+        """Questions that were not trained on; of an endpoint that gives a passage fewer than four, those that were."""
+        if isinstance(lifted.questions, AskedQuestions):
+            if lifted.questions.probes:
+                return lifted.questions.probes
+            return [Probe(pair.question, pair.answer, pair.start, pair.end) for pair in lifted.questions.stream.result(0)]
+        return rule_probes(lifted.document, self._recipe.questions.rules, lifted.questions.ready())
 
     def _state_path(self, named: str) -> Path:
         assert self._scratch is not None
@@ -356,25 +330,3 @@ def _next(waiting: deque[int], documents: Sequence[Document], training: dict[str
     if place is not None:
         waiting.remove(place)
     return place
-
-
-@torch.no_grad()
-def recall(
-    base: BaseModel, weights: AdapterWeights, pairs: Sequence[QuestionAnswer], max_padded_tokens: int = 4096
-) -> float | None:
-    """Share of pairs whose every answer token, end mark included, is the likeliest behind the question and the tokens before it.
-
-    weights: one adapter. None where no pair has an answer within the base's length.
-    """
-    rendered = [question_example(tokenizer_of(base), pair, base.max_length) for pair in pairs]
-    examples = [example for example in rendered if example.tokens]
-    right = 0
-    for picked in plan_batches([len(example.ids) for example in examples], max(1, len(examples)), max_padded_tokens):
-        batch = collate([examples[place] for place in picked], pad_id=0).to(base.device)
-        with weights.attach(base):
-            hidden_BTH = base.hidden_states(batch.ids_BT, batch.mask_BT)
-        supervised = batch.labels_BT[:, 1:] != IGNORED
-        wrong_T: Tensor = base.head(hidden_BTH[:, :-1][supervised]).argmax(dim=-1) != batch.labels_BT[:, 1:][supervised]
-        missed = supervised.nonzero()[:, 0][wrong_T].unique().numel()
-        right += len(picked) - missed
-    return right / len(examples) if examples else None

@@ -24,7 +24,7 @@ from core.text.documents import NORMALISER, Document, Window
 from core.text.tokens import BORDERS, Tokens, read
 from core.training.fitting_batches import FittingBatches
 from core.writing.quality_gate import Candidate, GateSettings, QualityGate
-from core.writing.writer import AdapterWriter, Outcome, Rejected, WindowRule, Written
+from core.writing.writer import AdapterWriter, Outcome, Rejected, StandingOf, WindowRule, Written
 
 _UNUSABLE = "the hypernetwork gave no usable adapter: zero or not finite"
 _OUT_OF_MEMORY = "out of memory: a window does not fit alone, lower windows.max_tokens"
@@ -62,7 +62,8 @@ class HypernetworkWriter(AdapterWriter):
         self.one_each = rule.one_each
         self._max_tokens = max_tokens
         self._batches = FittingBatches(max_rows, max_padded_tokens)
-        self._gate = QualityGate(base, gate, max_rows, max_padded_tokens) if gate.share else None
+        measures = gate.share and self.tokenizer.chat_template is not None
+        self._gate = QualityGate(base, gate, max_rows, max_padded_tokens) if measures else None
         self.encoding: Encoding = encoding
         self.spec = hypernetwork.spec
         self.producer = Producer(
@@ -84,8 +85,10 @@ class HypernetworkWriter(AdapterWriter):
         identity = document.tenant, document.content_hash
         return [adapter_id(*identity, window, self.producer, self.spec, self.encoding) for window in covers]
 
-    def write_each(self, documents: Sequence[Document], tokens: Sequence[Tokens] | None = None) -> Iterator[tuple[int, Outcome]]:
-        """See `AdapterWriter.write_each`; longest windows first."""
+    def write_each(
+        self, documents: Sequence[Document], tokens: Sequence[Tokens] | None = None, standing: StandingOf | None = None
+    ) -> Iterator[tuple[int, Outcome]]:
+        """See `AdapterWriter.write_each`; longest windows first. The gate here measures against none, whatever stands."""
         if tokens is None:
             tokens = [read(self.tokenizer, document.text) for document in documents]
         units: list[tuple[int, Window]] = []

@@ -68,11 +68,11 @@ class Index:
             if isinstance(row, AdapterRow) and not row.deleted:
                 found.setdefault((row.tenant, row.content_hash), []).append(row)
         for adapters in found.values():
-            adapters.sort(key=lambda row: (row.window, row.created, row.adapter_id))
+            adapters.sort(key=lambda row: (row.window, row.sequence, row.created, row.adapter_id))
         return found
 
     def find_adapters(self, tenant: str, content_hash: str, producer: str | None = None) -> list[AdapterRow]:
-        """A tenant's adapters for some content, by window, oldest first; `producer` (a fingerprint) keeps its own only."""
+        """A tenant's adapters for some content, by window, as they landed; `producer` (a fingerprint) keeps its own only."""
         rows = self.find_adapters_of([(tenant, content_hash)]).get((tenant, content_hash), [])
         return [row for row in rows if producer is None or row.producer_fingerprint == producer]
 

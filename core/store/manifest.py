@@ -105,11 +105,13 @@ class DocumentRow:
 class AdapterRow:
     """An adapter for the tokens of a window of some content; what was not measured is None, an absent `parent` too.
 
-    quality: share of the document's own questions that it answers as stored (`core.lift.writer.recall`); quality_lost: what
-    cutting it to the serving rank took from that. error: relative error of the cut, or of composing windows, as
-    `core.adapters.lora.recompress` measures it. matched_loss, shuffled_loss, base_loss: nats a token of the document's own text,
-    under this adapter, another document's and none; withheld: whether it must not answer, for it did not pass
-    (`core.writing.quality_gate`). sequence: the version since which the row holds.
+    quality: share of `questions` on its document that it answers as it will be served; readable: that the base answers with the
+    passage before it; standing_quality: that what answered before does, which `standing` names (an adapter's id, or
+    `answering.IN_CONTEXT`); quality_lost: what cutting it to the serving rank took (`core.writing.question_gate`). error:
+    relative error of the cut, or of composing windows, as `core.adapters.lora.recompress` measures it. matched_loss,
+    shuffled_loss, base_loss: nats a token of the document's own text, under this adapter, another document's and none
+    (`core.writing.quality_gate`). withheld: whether it must not answer, for it did not pass its gate; `answering.why_withheld`
+    says why. sequence: the version since which the row holds.
     """
 
     adapter_id: str
@@ -129,10 +131,14 @@ class AdapterRow:
     created: datetime
     quality: float | None = None
     quality_lost: float | None = None
+    readable: float | None = None
+    standing_quality: float | None = None
     error: float | None = None
     matched_loss: float | None = None
     shuffled_loss: float | None = None
     base_loss: float | None = None
+    questions: int | None = None
+    standing: str | None = None
     withheld: bool | None = None
     parent: str | None = None
     sequence: int = 0
@@ -161,10 +167,14 @@ class NewAdapter:
     tokens: int
     quality: float | None = None
     quality_lost: float | None = None
+    readable: float | None = None
+    standing_quality: float | None = None
     error: float | None = None
     matched_loss: float | None = None
     shuffled_loss: float | None = None
     base_loss: float | None = None
+    questions: int | None = None
+    standing: str | None = None
     withheld: bool | None = None
     parent: str | None = None
 
@@ -189,6 +199,10 @@ class NewAdapter:
             created=created,
             quality=self.quality,
             quality_lost=self.quality_lost,
+            questions=self.questions,
+            readable=self.readable,
+            standing=self.standing,
+            standing_quality=self.standing_quality,
             error=self.error,
             matched_loss=self.matched_loss,
             shuffled_loss=self.shuffled_loss,

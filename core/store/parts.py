@@ -42,7 +42,7 @@ _FAULTS = (pa.ArrowException, OSError, ValueError, OverflowError)
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _CREATED = pa.timestamp("us", tz="UTC")
 _LOCATION = {"shard": pa.string(), "offset": pa.int64(), "length": pa.int64(), "blob_hash": pa.string()}
-_MEASURED = ("quality", "quality_lost", "error", "matched_loss", "shuffled_loss", "base_loss")
+_MEASURED = ("quality", "quality_lost", "readable", "standing_quality", "error", "matched_loss", "shuffled_loss", "base_loss")
 
 
 def _schema(fields: dict[str, pa.DataType], optional: tuple[str, ...] = ()) -> pa.Schema:
@@ -61,9 +61,9 @@ ADAPTER_SCHEMA = _schema(
     | _LOCATION
     | {"tokens": pa.int64(), "rank": pa.int64(), "created": _CREATED}
     | dict.fromkeys(_MEASURED, pa.float64())
-    | {"withheld": pa.bool_(), "parent": pa.string()}
+    | {"questions": pa.int64(), "standing": pa.string(), "withheld": pa.bool_(), "parent": pa.string()}
     | {"sequence": pa.int64(), "deleted": pa.bool_()},
-    optional=(*_MEASURED, "withheld", "parent"),
+    optional=(*_MEASURED, "questions", "standing", "withheld", "parent"),
 )
 SCHEMAS: dict[PartKind, pa.Schema] = {"documents": DOCUMENT_SCHEMA, "adapters": ADAPTER_SCHEMA}
 _KEYS: dict[PartKind, list[str]] = {

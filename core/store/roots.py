@@ -30,7 +30,7 @@ from core.store.errors import CorruptObject, MissingObject, StoreError
 from core.store.manifest import AdapterRow, PartKind, Producer, Row
 from core.store.objects import Objects
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 FOLDER = "roots"
 _HINT = f"{FOLDER}/newest"
 _HINT_EVERY = 16

@@ -34,6 +34,12 @@ def f1(prediction: str, golds: Sequence[str]) -> float:
     return max(_f1(normalise_answer(prediction).split(), normalise_answer(gold).split()) for gold in _checked(golds))
 
 
+def contains_answer(prediction: str, golds: Sequence[str]) -> bool:
+    """Whether an accepted answer stands in the prediction as whole words, normalised: fair to whoever answers in sentences."""
+    said = f" {normalise_answer(prediction)} "
+    return any(f" {normalise_answer(gold)} " in said for gold in _checked(golds) if normalise_answer(gold))
+
+
 def _f1(predicted: list[str], accepted: list[str]) -> float:
     if not predicted or not accepted:
         return float(predicted == accepted)

@@ -5,9 +5,12 @@ sampled documents carry three losses in nats a token of their own passages, aske
 under the adapter itself, decoded from its bytes, under another document's, and on the bare base. One that saves less than
 `min_gain` is marked as withheld: a server then shows the document instead.
 
-What is sampled follows from the content hash, so every run samples the same documents. Whose adapter is the other one follows
-from what else is at hand: losses under it differ a little between runs. The gate measures and derives nothing, so its settings
-bear no identity: an adapter that is stored keeps the mark under which it was stored.
+Whom it measures is continuous sampling (CSP-1; Dodge 1943, Annals of Mathematical Statistics 14): every adapter until `run`
+of them have passed one after another, then a share of them, and every one again from the first that fails. A hypernetwork that
+knows its documents costs a sample; one that does not is found at once, and none of its adapters answers. The share follows from
+the content hash. Whose adapter is the other one follows from what else is at hand: losses under it differ a little between runs.
+The gate measures and derives nothing, so its settings bear no identity: an adapter that is stored keeps the mark under which it
+was stored.
 
 Cost: three rows of a sampled document's tokens and a short prompt through the base, head included, in batches. Of the
 hypernetwork's own cost, which is the base's over document and memory and the M2P transformer, that is about as much again.
@@ -20,7 +23,7 @@ from dataclasses import replace
 from typing import Annotated, NamedTuple
 
 import torch
-from pydantic import Field
+from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from core.adapters.base_model import BaseModel, tokenizer_of
@@ -37,12 +40,14 @@ log = logging.getLogger(__name__)
 
 
 class GateSettings(RunSection):
-    """share: of the documents, so many are measured. min_gain: nats a token that an adapter must save (`gain`) to answer.
+    """share: of the documents, so many are measured once `run` in a row have passed; 0 measures none at all.
 
-    instruction: what asked for the text back when the hypernetwork was trained.
+    min_gain: nats a token that an adapter must save (`gain`) to answer. instruction: what asked for the text back when the
+    hypernetwork was trained.
     """
 
-    share: Annotated[float, Field(ge=0, le=1)] = 0.0
+    share: Annotated[float, Field(ge=0, le=1)] = 0.02
+    run: PositiveInt = 8
     min_gain: float = 0.1
     instruction: str = Instructions().reconstruct
 
@@ -77,24 +82,37 @@ class QualityGate:
         self._prompt = prompt(tokenizer_of(base), [{"role": "user", "content": settings.instruction}])
         self._batches = FittingBatches(max_rows, max_padded_tokens)
         self._last: NewAdapter | None = None
+        self._passed = 0
 
     def measured(self, candidates: Sequence[Candidate]) -> list[NewAdapter]:
         """The adapters, in order, with their losses and marks where they are sampled and fit into memory."""
         adapters = [candidate.adapter for candidate in candidates]
         others = adapters if self._last is None else [*adapters, self._last]
-        rows: list[_Row] = []
-        for place, (adapter, passages) in enumerate(candidates):
-            if sampled(adapter.content_hash, self._settings.share):
-                other = _other(others, place)
-                under = [(OWN, place), *([] if other is None else [(OTHER, other)]), (BARE, -1)]
-                rows += [_Row(place, which, vector, self._example(ids)) for ids in passages for which, vector in under]
-        if rows:
-            losses = self._losses(rows, others)
-            adapters = [
-                self._judged(adapter, losses[place]) if place in losses else adapter for place, adapter in enumerate(adapters)
-            ]
+        places = list(range(len(candidates)))
+        if self._passed >= self._settings.run:
+            picked = [place for place in places if sampled(adapters[place].content_hash, self._settings.share)]
+            adapters = self._measure(candidates, adapters, others, picked)
+            places = [] if self._passed else [place for place in places if place not in picked]
+        adapters = self._measure(candidates, adapters, others, places)
         self._last = others[0] if others else None
         return adapters
+
+    def _measure(
+        self, candidates: Sequence[Candidate], adapters: list[NewAdapter], others: Sequence[NewAdapter], places: Sequence[int]
+    ) -> list[NewAdapter]:
+        """The adapters with those at `places` measured; counts how many passed since the last that did not."""
+        rows: list[_Row] = []
+        for place in places:
+            other = _other(others, place)
+            under = [(OWN, place), *([] if other is None else [(OTHER, other)]), (BARE, -1)]
+            rows += [
+                _Row(place, which, vector, self._example(ids)) for ids in candidates[place].passages for which, vector in under
+            ]
+        losses = self._losses(rows, others) if rows else {}
+        judged = [self._judged(each, losses[place]) if place in losses else each for place, each in enumerate(adapters)]
+        for place in places:
+            self._passed = 0 if judged[place].withheld else self._passed + (place in losses)
+        return judged
 
     def _example(self, ids: Sequence[int]) -> Example:
         asked, shown = self._prompt, list(ids)[: max(0, self._base.max_length - len(self._prompt))]

@@ -6,9 +6,9 @@ every method fulfils: SHINE's is `core.shine.writer`, LIFT's `core.lift.writer`.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from pydantic import Field, PositiveInt
@@ -94,6 +94,17 @@ class Rejected:
 Outcome = Written | Rejected
 
 
+class Standing(NamedTuple):
+    """The adapter that answers for a document today: its id, and its weights as they are served."""
+
+    adapter_id: str
+    weights: AdapterWeights
+
+
+StandingOf = Callable[[Document], Standing | None]
+"""What answers for a document today; None where its text answers in context."""
+
+
 class AdapterWriter(ABC):
     """A method that writes adapters of one spec in one encoding, as one producer.
 
@@ -120,8 +131,13 @@ class AdapterWriter(ABC):
         return list(mine) if self.one_each else []
 
     @abstractmethod
-    def write_each(self, documents: Sequence[Document], tokens: Sequence[Tokens] | None = None) -> Iterator[tuple[int, Outcome]]:
-        """(place, outcome) of each document as it is done: no more is held than is in the making."""
+    def write_each(
+        self, documents: Sequence[Document], tokens: Sequence[Tokens] | None = None, standing: StandingOf | None = None
+    ) -> Iterator[tuple[int, Outcome]]:
+        """(place, outcome) of each document as it is done: no more is held than is in the making.
+
+        standing: says what answers today, for a writer that measures its adapters against that.
+        """
 
     def write(self, documents: Sequence[Document], tokens: Sequence[Tokens] | None = None) -> list[Outcome]:
         """One outcome for each document, in order. tokens: the documents' (`tokens.read`), where the caller has them."""
@@ -134,10 +150,8 @@ class AdapterWriter(ABC):
         window: Window,
         vector: bytes,
         error: float | None = None,
-        quality: float | None = None,
-        quality_lost: float | None = None,
     ) -> NewAdapter:
-        """The adapter that this writer made for a window of a document, with what was measured on it."""
+        """The adapter that this writer made for a window of a document; error: what composing or cutting it lost."""
         return NewAdapter(
             tenant=document.tenant,
             content_hash=document.content_hash,
@@ -147,8 +161,6 @@ class AdapterWriter(ABC):
             encoding=self.encoding,
             vector=vector,
             tokens=window.end - window.start,
-            quality=quality,
-            quality_lost=quality_lost,
             error=error,
         )
 

@@ -26,15 +26,17 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from core.adapters.base_model import load_base
+from core.adapters.gated_memory import weights_of
 from core.lift.writer import LiftWriter
 from core.shine.hypernetwork import Hypernetwork
 from core.shine.writer import HypernetworkWriter
+from core.store.answering import choose, why_withheld
 from core.store.manifest import AdapterRow, DocumentRow, Key, NewAdapter
 from core.store.store import Store
 from core.text.documents import Document
 from core.text.tokens import Tokens, read
 from core.writing.quality_gate import gain
-from core.writing.writer import AdapterWriter, Outcome, Rejected, Written
+from core.writing.writer import AdapterWriter, Outcome, Rejected, Standing, Written
 from pipelines.conversion.known_contents import KnownContents
 from pipelines.conversion.near_duplicates import sketch
 from pipelines.conversion.receipts import RECEIPTS, Receipt, Status, receipt_of, to_table
@@ -130,7 +132,9 @@ class _Entry(NamedTuple):
             values |= {name: getattr(written.adapters[0], name) for name in ("quality", "quality_lost")}
             gains = [gain(new.matched_loss, new.shuffled_loss, new.base_loss) for new in written.adapters]
             values["gain"] = min((each for each in gains if each is not None), default=None)
-            values["withheld"] = any(new.withheld for new in written.adapters)
+            held = next((new for new in written.adapters if new.withheld), None)
+            values["withheld"] = None if held is None else why_withheld(held)
+            values["standing_quality"] = written.adapters[0].standing_quality
             values["bytes"] = sum(adapter.length for adapter in adapters)
         return receipt_of(
             self.row,
@@ -240,7 +244,7 @@ class Converter:
         first = [entries[0] for entries in same_content]
         tokens = [entry.tokens for entry in first if entry.tokens is not None]
         assert len(tokens) == len(first), "what has no tokens is not missing"
-        outcomes = self._writer.write_each([entry.document for entry in first], tokens)
+        outcomes = self._writer.write_each([entry.document for entry in first], tokens, self._standing_adapter)
         with ThreadPoolExecutor(1, "commit") as thread:
             for place, outcome in outcomes:
                 pending.append((same_content[place], outcome))
@@ -255,6 +259,22 @@ class Converter:
                 yield committing.result()
         if pending:
             yield self._commit(pending)
+
+    def _standing_adapter(self, document: Document) -> Standing | None:
+        """What a server of this base and of the writer's kind of adapter answers by today."""
+        producers, kind = self._store.producers(), self._writer.spec.kind_name
+        rows = [
+            row
+            for row in self._store.find_adapters(*_content(document))
+            if producers[row.producer_fingerprint].config.get("base") == self._writer.producer.config["base"]
+            and self._store.spec(row.spec_fingerprint).kind_name == kind
+        ]
+        chosen = choose(rows).row
+        if chosen is None:
+            return None
+        return Standing(
+            chosen.adapter_id, weights_of(self._store.spec(chosen.spec_fingerprint), self._store.get_vector(chosen)[None])
+        )
 
     def _commit(self, pending: Sequence[_Pending]) -> pa.Table:
         done: list[Receipt] = []

@@ -21,8 +21,9 @@ Status = Literal["converted", "shared", "unchanged", "rejected"]
 class Receipt(NamedTuple):
     """What became of one document. `bytes` are those of new adapters, `error` and `lost` those of `Written`.
 
-    gain: what the quality gate measured (`core.writing.quality_gate.gain`), of the worst window; withheld: whether that was too
-    little. sketch: of `pipelines.conversion.near_duplicates`.
+    gain: what the quality gate measured (`core.writing.quality_gate.gain`), of the worst window; quality, quality_lost,
+    standing_quality: what the question gate did (`AdapterRow`). withheld: why the adapter must not answer, if it must not.
+    sketch: of `pipelines.conversion.near_duplicates`.
 
     converted: new adapters. shared: stored, with adapters that another document of this content has. unchanged: all was there.
     rejected: `reason` says why; the text is stored nevertheless where there is one (it can answer in context).
@@ -40,8 +41,9 @@ class Receipt(NamedTuple):
     lost: int
     quality: float | None
     quality_lost: float | None
+    standing_quality: float | None
     gain: float | None
-    withheld: bool
+    withheld: str | None
     sketch: list[int]
     source_bytes: int
     read_at: float
@@ -76,8 +78,9 @@ RECEIPTS = pa.schema(
         ("lost", pa.int64()),
         ("quality", pa.float64()),
         ("quality_lost", pa.float64()),
+        ("standing_quality", pa.float64()),
         ("gain", pa.float64()),
-        ("withheld", pa.bool_()),
+        ("withheld", pa.string()),
         ("sketch", pa.list_(pa.int64())),
         ("source_bytes", pa.int64()),
         ("read_at", pa.float64()),
@@ -122,9 +125,11 @@ class Summary:
     lost: int = 0
     quality: Mean = field(default_factory=Mean)
     quality_lost: Mean = field(default_factory=Mean)
-    gated: int = 0
+    standing_quality: Mean = field(default_factory=Mean)
+    gain: Mean = field(default_factory=Mean)
+    measured: int = 0
     withheld: int = 0
-    total_gain: float = 0.0
+    _withheld: list[tuple[str, str]] = field(default_factory=list)
     _worst: list[tuple[float, str]] = field(default_factory=list)
     start_s: float = 0.0
     convert_s: float = 0.0
@@ -159,16 +164,21 @@ class Summary:
             self.lost += receipt.lost
             self.quality.add(receipt.quality)
             self.quality_lost.add(receipt.quality_lost)
-            if receipt.gain is not None:
-                self._add_gated(receipt.name, -math.inf if math.isnan(receipt.gain) else receipt.gain, receipt.withheld)
+            self.standing_quality.add(receipt.standing_quality)
+            self._add_measured(receipt)
 
-    def _add_gated(self, name: str, gain: float, withheld: bool) -> None:
-        self.gated += 1
-        self.withheld += withheld
-        self.total_gain += gain if math.isfinite(gain) else 0.0
-        heapq.heappush(self._worst, (-gain, name))
-        if len(self._worst) > WORST:
-            heapq.heappop(self._worst)
+    def _add_measured(self, receipt: Receipt) -> None:
+        self.measured += receipt.withheld is not None or receipt.quality is not None or receipt.gain is not None
+        if receipt.withheld is not None:
+            self.withheld += 1
+            if len(self._withheld) < WORST:
+                self._withheld.append((receipt.name, receipt.withheld))
+        if receipt.gain is not None:
+            gain = -math.inf if math.isnan(receipt.gain) else receipt.gain
+            self.gain.add(gain if math.isfinite(gain) else 0.0)
+            heapq.heappush(self._worst, (-gain, receipt.name))
+            if len(self._worst) > WORST:
+                heapq.heappop(self._worst)
 
     def lines(self) -> list[str]:
         """The summary as people read it."""
@@ -180,15 +190,7 @@ class Summary:
         ]
         if self.composed:
             lines.append(f"{self.composed:,} composed or cut to the serving rank, relative error {self.worst_error:.2f} at most")
-        if self.quality.count:
-            cut = f", {self.quality_lost.value:.3f} lost by the cut in rank" if self.quality_lost.count else ""
-            lines.append(f"quality {self.quality.value:.3f} of 1 on the documents' own questions{cut}")
-        if self.gated:
-            lines.append(
-                f"quality gate: {self.gated:,} measured, {self.total_gain / self.gated:.2f} nats a token saved on average, "
-                f"{self.withheld:,} withheld: they answer in context"
-            )
-            lines += [f"  saves {gain:.2f}: {name}" for name, gain in self.worst]
+        lines += self._how_good()
         if self.lost:
             lines.append(f"{self.lost:,} passages without questions, as the endpoint failed on them")
         lines += [f"  {count:,} {reason}" for reason, count in self.reasons.most_common()]
@@ -203,6 +205,33 @@ class Summary:
             lines.append(f"rejects: {self.files}/rejects")
         return [*lines, f"receipts: {self.files}/receipts"]
 
+    def _how_good(self) -> list[str]:
+        """What the gates say of the new adapters, in plain words."""
+        if not self.adapters:
+            return []
+        new = self.documents["converted"]
+        if not self.measured:
+            return ["no adapter was measured: nothing is known of how well they answer"]
+        answer = self.measured - self.withheld
+        lines = [f"measured {self.measured:,} of {new:,} new adapters: {answer:,} may answer, {self.withheld:,} are withheld"]
+        if self.gain.count:
+            lines.append(f"  on average they save {self.gain.value:.2f} nats a token of their documents' texts")
+        if self.quality.count:
+            cut = f"; the cut in rank took {self.quality_lost.value:.1%}" if self.quality_lost.count else ""
+            lines.append(
+                f"  they answer {self.quality.value:.0%} of questions that they were not trained on, "
+                f"what answered before {self.standing_quality.value:.0%}{cut}"
+            )
+        if self.withheld:
+            lines.append("  where one is withheld, what answered before it goes on: an earlier adapter, or the text in context")
+            lines += [f"  {name}: {why}" for name, why in self._withheld]
+        if self.withheld * 2 > self.measured and self.gain.count:
+            lines.append(
+                "  most of the measured adapters do not know their documents: such documents are not what the hypernetwork was "
+                "trained on; train one on documents like these, import one, or lift them"
+            )
+        return lines
+
     def figures(self) -> dict[str, Any]:
         """The counts as JSON values."""
         return {
@@ -212,6 +241,8 @@ class Summary:
             "adapter_bytes": self.adapter_bytes,
             "tokens": self.tokens,
             "shards": len(self.shards),
+            "measured": self.measured,
+            "withheld": self.withheld,
             "start_s": round(self.start_s, 3),
             "convert_s": round(self.convert_s, 3),
             "pruned": None if self.pruned is None else self.pruned._asdict(),
@@ -223,7 +254,8 @@ def receipt_of(row: dict[str, Any], status: Status, reason: str | None, **values
     """The receipt of a row of `sources.ROWS`; `values` where it became a document."""
     absent: dict[str, Any] = {
         "content_hash": None, "adapter_ids": [], "shard": None, "bytes": 0, "tokens": 0,
-        "error": 0.0, "lost": 0, "quality": None, "quality_lost": None, "gain": None, "withheld": False, "sketch": [],
+        "error": 0.0, "lost": 0, "quality": None, "quality_lost": None,
+        "standing_quality": None, "gain": None, "withheld": None, "sketch": [],
     }  # fmt: skip
     where = {"name": row["name"], "source_bytes": row["source_bytes"], "read_at": row["read_at"]}
     return Receipt(status=status, reason=reason, **where, **(absent | values))

@@ -48,7 +48,7 @@ class ConvertRecipe(Section):
     """What is made: by which method on which base (a directory or a name), for whom, in which encoding.
 
     hypernetwork: a directory; what writes the adapters, or what LIFT starts from where one is given. gate: of what a hypernetwork
-    writes; LIFT asks its documents' own questions instead.
+    writes; LIFT has its own, `lift.gate`.
     """
 
     base: str
@@ -68,8 +68,6 @@ class ConvertRecipe(Section):
     def _complete(self) -> "ConvertRecipe":
         if self.method == "shine" and self.hypernetwork is None:
             raise ValueError("hypernetwork is missing: name the directory of one, or choose method lift")
-        if self.method == "lift" and self.gate.share:
-            raise ValueError("gate.share is for method shine: lifted adapters have their quality from lift.run.quality_questions")
         return self
 
     @property

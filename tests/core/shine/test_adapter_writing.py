@@ -143,7 +143,7 @@ def memory_for(base: BaseModel, tokens: int, error: Exception) -> Iterator[list[
     "error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
 )
 def test_out_of_memory_halves_the_batch_and_rejects_what_does_not_fit_alone(error: Exception) -> None:
-    writer = HypernetworkWriter(HYPERNETWORK, "fp32", WindowRule(max_tokens=200))
+    writer = HypernetworkWriter(HYPERNETWORK, "fp32", WindowRule(max_tokens=200), gate=GateSettings(share=0))
     texts = [f"Document {number}." for number in range(8)]
     documents = [document(text) for text in (*texts, "one two three four " * 10, "The first is long. " * 20)]
     expected = writer.write(documents)
