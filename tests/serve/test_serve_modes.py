@@ -36,8 +36,9 @@ def lifted(store: Store, kind: str, *names: str, sites: Sequence[str] = SITES) -
     stages = [{"name": "questions", "epochs": 2, "tasks": ["questions"]}]
     adapter = {"kind": kind} if kind == "gated_memory" else {"kind": kind, "rank": 4, "scale": 1.0, "sites": sites}
     settings = {"adapter": adapter, "optimiser": {"learning_rate": 0.1}, "curriculum": {"stages": stages}}
+    recipe = LiftRecipe.model_validate({"settings": settings, "serving_rank": 3, "gate": {"questions": 0}})
     documents = [make_document(name, f"{TEXT} This is document {name}.") for name in names]
-    outcomes = LiftWriter(BASE, LiftRecipe.model_validate({"settings": settings, "serving_rank": 3})).write(documents)
+    outcomes = LiftWriter(BASE, recipe).write(documents)
     store.put(documents, [new for outcome in outcomes if isinstance(outcome, Written) for new in outcome.adapters])
 
 
@@ -123,7 +124,9 @@ def test_a_store_of_memories_alone_is_served_without_being_told(tmp_path: Path) 
     asyncio.run(main())
     empty = Store.open(tmp_path / "empty", create=True)
     asked = ServeSettings(base="unused", store=empty.url, kind="gated_memory")
-    assert Service(BASE, empty, asked).resolver.kind_name == "gated_memory (shifted gate)"
+    assert (
+        running := Service(BASE, empty, asked).resolver.spec
+    ) is not None and running.kind_name == "gated_memory (shifted gate)"
 
 
 def test_adapters_of_some_sites_are_served_beside_those_of_all(tmp_path: Path) -> None:
