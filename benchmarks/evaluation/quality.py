@@ -14,6 +14,7 @@ from core.adapters.base_model import load_base
 from core.shine.hypernetwork import Hypernetwork
 from pipelines.evaluation.evaluate import evaluate
 from pipelines.evaluation.report import markdown, to_json, write_report
+from pipelines.evaluation.report_writing import Bar
 from pipelines.world.documents import WorldSpec, generate
 from pipelines.world.reference import REFERENCE
 
@@ -28,6 +29,8 @@ def main() -> None:
     specs = [WorldSpec(seed=arguments.seed, split="test", level=level, count=arguments.documents) for level in (1, 2)]
     report = evaluate(base, hypernetwork, [document for spec in specs for document in generate(spec)])
     values = to_json(report)
+    enough = Bar("unseen documents of each level", arguments.documents, ">=", 500)
+    values["bars"].insert(0, enough.to_json())
     write_result("quality", values)
     write_report(report, REFERENCE / "evaluation")
     (REFERENCE / "evaluation" / "answers.jsonl").unlink()

@@ -34,7 +34,8 @@ class HypernetworkWriter(AdapterWriter):
     """Writes adapters with SHINE's hypernetwork, at most `max_rows` windows and `max_padded_tokens` (memory included) at a time.
 
     The batch limits and the gate are no part of the producer. Raises `ValueError` for a base without tokenizer, for one that
-    cannot tell where sentences end, for windows that the base has no positions for, and for a gate without a chat template.
+    cannot tell where sentences end, for windows that the base has no positions for. On a base without a chat
+    template nothing is measured, whatever the gate says.
     """
 
     def __init__(

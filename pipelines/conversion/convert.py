@@ -46,6 +46,7 @@ from pipelines.conversion.receipts import Receipt, Summary
 from pipelines.conversion.recipe import ConvertRecipe, checked
 from pipelines.conversion.run_files import RunFiles
 from pipelines.corpus import sources
+from pipelines.world.reference import is_reference
 
 
 class Corpus(NamedTuple):
@@ -86,6 +87,7 @@ def convert_corpus(corpus: Corpus, store: Store, recipe: ConvertRecipe, start: f
         )
     files = RunFiles(store.url, {"source": corpus.source, "store": store.url, "recipe": recipe.model_dump(mode="json")})
     summary, seen, near, first_read = Summary(files.url), SeenNames(), NearDuplicates(), time.time()
+    summary.by_reference_weights = is_reference(recipe.hypernetwork)
     with _bar(progress, corpus.size_bytes) as show:
         try:
             for batch in receipts(corpus, store, recipe):

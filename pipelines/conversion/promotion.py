@@ -21,6 +21,7 @@ import ray
 from rich.console import Console
 
 from core.planning.selection import parse_selection
+from core.store.answering import newest as latest
 from core.store.errors import StoreError
 from core.store.manifest import DocumentRow
 from core.store.store import Store
@@ -84,7 +85,7 @@ def choose(store: Store | str, select: str, recipe: ConvertRecipe) -> Choice:
         age_days = (now - document.created).total_seconds() / _SECONDS_A_DAY
         figures, method = Figures(demand=demand[document.key], age_days=age_days), None
         if adapters:
-            newest = max(adapters, key=lambda row: (row.created, row.adapter_id))
+            newest = latest(adapters)
             same = [row for row in adapters if row.producer_fingerprint == newest.producer_fingerprint]
             method = producers[newest.producer_fingerprint].method
             measured = {name: getattr(newest, name) for name in ("quality", "quality_lost", "error")}

@@ -109,7 +109,8 @@ class Mean:
 class Summary:
     """Counts of one conversion. Rates leave out start-up: they count from the first file that was opened.
 
-    files: the folder of `pipelines.conversion.run_files`. pruned, near: None where they were not asked for. Its size is
+    files: the folder of `pipelines.conversion.run_files`. pruned, near: None where they were not asked for.
+    by_reference_weights: whether the shipped hypernetwork wrote the adapters. Its size is
     bounded, but for the names of the shards (100 bytes each).
     """
 
@@ -135,6 +136,7 @@ class Summary:
     convert_s: float = 0.0
     pruned: Pruned | None = None
     near: Near | None = None
+    by_reference_weights: bool = False
 
     @property
     def documents_per_s(self) -> float:
@@ -225,11 +227,12 @@ class Summary:
         if self.withheld:
             lines.append("  where one is withheld, what answered before it goes on: an earlier adapter, or the text in context")
             lines += [f"  {name}: {why}" for name, why in self._withheld]
+        if self.by_reference_weights:
+            lines.append("  the shipped weights know the reference world alone (`imprint world`), and no other documents")
+        elif self.withheld * 2 > self.measured and self.gain.count:
+            lines.append("  these documents are not of the kind that the hypernetwork was trained on")
         if self.withheld * 2 > self.measured and self.gain.count:
-            lines.append(
-                "  most of the measured adapters do not know their documents: such documents are not what the hypernetwork was "
-                "trained on; train one on documents like these, import one, or lift them"
-            )
+            lines.append("  for your own, train a hypernetwork on documents like them (`imprint train`), or import one")
         return lines
 
     def figures(self) -> dict[str, Any]:

@@ -40,7 +40,6 @@ def bars(report: Report) -> list[Bar]:
     if group := report.groups.get("level_1"):
         exact_match = {condition: scores["all"].exact_match.mean for condition, scores in group.scores.items()}
         found += [
-            Bar("level 1: unseen documents", group.documents, ">=", 500),
             Bar("level 1: chance", group.chance["all"], "<=", 0.05),
             Bar("level 1: exact match in context", exact_match["in_context"], ">=", 0.97),
         ]

@@ -4,6 +4,7 @@ Bytes are decimal, times are UTC. Reads what it shows through `core.store.store`
 """
 
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime
 from typing import Any
@@ -12,6 +13,8 @@ import pyarrow as pa
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from core.store.answering import choose, why_withheld
+from core.store.answering import newest as latest
 from core.store.index import Page
 from core.store.manifest import AdapterRow, DocumentRow
 from core.store.opening import open_objects
@@ -40,7 +43,7 @@ def page_table(store: Store, page: Page) -> RenderableType:
     adapters = store.find_adapters_of([(row.tenant, row.content_hash) for row in page.rows])
     for row in page.rows:
         own = adapters.get((row.tenant, row.content_hash), [])
-        newest = max(own, key=lambda adapter: (adapter.created, adapter.adapter_id), default=None)
+        newest = latest(own) if own else None
         figures = ("", "") if newest is None else (_form(newest), _figure(newest.quality))
         names = Text(row.collection), Text(row.name)
         table.add_row(*names, size(row.length), str(len(own)) if own else "none", *figures, f"{row.created:%Y-%m-%d}")
@@ -72,7 +75,7 @@ def document_tables(store: Store, row: DocumentRow) -> RenderableType:
     adapters = store.find_adapters(row.tenant, row.content_hash)
     if not adapters:
         return Group(about, Text("It has no adapter: it answers in context."))
-    table = framed("Adapters, by window, oldest first")
+    table = framed("Adapters, by window, as they landed")
     for name, width in (("id", 8), ("window", 7), ("made by", 12)):
         table.add_column(name, no_wrap=True, min_width=width)
     for name, width in (("form", 11), ("bytes", 8), ("quality", 7), ("error", 5), ("gain", 4), ("since", 10)):
@@ -96,7 +99,30 @@ def document_tables(store: Store, row: DocumentRow) -> RenderableType:
     for fingerprint in dict.fromkeys(each.producer_fingerprint for each in adapters):
         maker = producers[fingerprint]
         makers.add_row(fingerprint[:6], maker.method, maker.weights[:12], Text(str(maker.config.get("base", ""))[:60]))
-    return Group(about, table, makers)
+    return Group(about, table, makers, *(Text(line) for line in _how_good(adapters)))
+
+
+def _how_good(adapters: Sequence[AdapterRow]) -> list[str]:
+    """In plain words: which adapter answers, and what was measured."""
+    chosen, lines = choose(adapters), []
+    if chosen.row is None:
+        lines.append(f"It answers in context: {chosen.reason}.")
+    else:
+        lines.append(f"Adapter {chosen.row.adapter_id[:8]} answers, where a server can run it.")
+    for row in adapters:
+        name = row.adapter_id[:8]
+        if row.withheld:
+            lines.append(f"{name}: {why_withheld(row)}.")
+        elif row.quality is not None and row.questions and row.standing_quality is not None:
+            lines.append(
+                f"{name} answers {row.quality:.0%} of {row.questions} questions that it was not trained on; what answered "
+                f"before it {row.standing_quality:.0%}."
+            )
+        elif (saved := gain(row.matched_loss, row.shuffled_loss, row.base_loss)) is not None:
+            lines.append(f"{name} saves {saved:.2f} nats a token of the document's text.")
+        else:
+            lines.append(f"{name} was not measured.")
+    return lines
 
 
 def document_json(store: Store, row: DocumentRow) -> dict[str, Any]:

@@ -25,6 +25,13 @@ from core.shine.hypernetwork import Hypernetwork
 from pipelines.world.documents import WORLD_VERSION, specification_fingerprint
 
 REFERENCE = Path(__file__).parents[2] / "assets" / "reference"
+
+
+def is_reference(hypernetwork: str | None) -> bool:
+    """Whether a directory is the shipped hypernetwork, which knows the reference world alone."""
+    return hypernetwork is not None and Path(hypernetwork).resolve() == (REFERENCE / "hypernetwork").resolve()
+
+
 MOST_BYTES = 16 * 2**20
 
 

@@ -222,4 +222,6 @@ def test_a_conversion_that_measured_nothing_or_failed_says_so() -> None:
     quiet.add(Receipt(**{**absent, **values}))  # type: ignore[arg-type]
     assert "no adapter was measured: nothing is known of how well they answer" in quiet.lines()
     bad.add(Receipt(**{**absent, **values, "gain": 0.0, "withheld": "its adapter is withheld"}))  # type: ignore[arg-type]
-    assert any("most of the measured adapters do not know their documents" in line for line in bad.lines())
+    assert any("not of the kind that the hypernetwork was trained on" in line for line in bad.lines())
+    bad.by_reference_weights = True
+    assert any("the shipped weights know the reference world alone" in line for line in bad.lines())
