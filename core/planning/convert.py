@@ -26,7 +26,7 @@ from core.adapters.codec import ENCODINGS, Encoding, encoded_bytes
 from core.adapters.spec import SITES
 from core.config import Section
 from core.planning.costs import Gpus, Prices
-from core.shine.hypernetwork import HypernetworkSettings
+from core.shine.hypernetwork import M2P, HypernetworkSettings
 
 PART_BYTES = 16 * 2**20
 COMMIT_PUTS, COMMIT_GETS = 4, 2
@@ -93,6 +93,18 @@ class Made(Section):
     memory_tokens: PositiveInt
 
 
+class WorkerMemory(Section):
+    """What one worker holds on its device, in bytes: weights, and at the peak of a forward pass of a full batch."""
+
+    base: PositiveInt
+    hypernetwork: PositiveInt
+    batch: PositiveInt
+
+    @property
+    def together(self) -> int:
+        return self.base + self.hypernetwork + self.batch
+
+
 class Alternative(Section):
     """Adapters of other sites or rank: bytes of one by encoding, and GPU hours for the corpus."""
 
@@ -111,6 +123,7 @@ class ConvertPlan(Section):
 
     volume: Volume
     made: Made
+    worker: WorkerMemory
     shards: PositiveInt
     flops: float
     gpu_hours: float
@@ -218,6 +231,27 @@ def forward_flops(base: BaseModel, settings: HypernetworkSettings, volume: Volum
     return encoder + volume.windows * m2p
 
 
+def worker_memory(base: BaseModel, settings: HypernetworkSettings, packing: Packing, dtype: torch.dtype) -> WorkerMemory:
+    """Of a worker whose base is in `dtype`; the hypernetwork's weights and memory states are fp32.
+
+    Weights are exact. A batch peaks in M2P: its input, one layer's queries, keys, values, attention and feed-forward, which is
+    5 + 2 F / H times the memory states `[B, L, M, H]` (measured on the CPU: 9.1 at F = 2 H); or in one of the base's layers.
+    """
+    layers, hidden, memory = len(base.layers), base.hidden_size, memory_tokens(base, settings)
+    with torch.device("meta"):
+        m2p = M2P(layers, memory, hidden, settings)
+    meta = base.spec(settings.meta_rank + settings.additional_meta_rank, settings.sites).numel
+    trained = sum(each.numel() for each in m2p.parameters()) + meta + memory * hidden
+    states = 4 * packing.batch_rows * layers * memory * hidden
+    widest = max(max(base.linear_shape(*place)) for place in base.linears)
+    layer = packing.batch_tokens * (4 * hidden + 3 * widest) * dtype.itemsize
+    return WorkerMemory(
+        base=sum(each.numel() for each in base.model.parameters()) * dtype.itemsize,
+        hypernetwork=4 * trained,
+        batch=max(round(states * (5 + 2 * settings.feed_forward / hidden)), states + layer),
+    )
+
+
 def plan_convert(
     volume: Volume,
     base: BaseModel,
@@ -226,8 +260,9 @@ def plan_convert(
     packing: Packing,
     prices: Prices,
     assumptions: Assumptions,
+    dtype: torch.dtype = torch.float32,
 ) -> ConvertPlan:
-    """The plan; a `skeleton` will do as the base. Raises `ValueError` for an empty corpus."""
+    """The plan, for a base in `dtype`; a `skeleton` will do as the base. Raises `ValueError` for an empty corpus."""
     if not volume.documents:
         raise ValueError("there are no documents to plan for: check the source, and why its files are rejected")
     spec = base.spec(settings.rank, settings.sites, settings.generated_bias)
@@ -252,6 +287,7 @@ def plan_convert(
     return ConvertPlan(
         volume=volume,
         made=made,
+        worker=worker_memory(base, settings, packing, dtype),
         shards=buffers * math.ceil((volume.adapters * made.bytes + volume.text_bytes) / buffers / packing.shard_bytes),
         flops=forward_flops(base, settings, volume),
         gpu_hours=alternatives[0].gpu_hours,

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from core.adapters.codec import ENCODINGS, Encoding
 from core.adapters.spec import SITES
-from core.planning.convert import PART_BYTES, ConvertPlan
+from core.planning.convert import PART_BYTES, ConvertPlan, WorkerMemory
 
 _UNITS = ("bytes", "kB", "MB", "GB", "TB", "PB", "EB")
 _Row = tuple[str, str, str]
@@ -74,6 +74,7 @@ def _sections(plan: ConvertPlan) -> Iterable[list[_Row]]:
     yield [
         (f"{plan.hardware} hours", amount(plan.gpu_hours), how),
         ("by the clock", duration(seconds), f"{counted(assumed.gpus, plan.hardware)}: {rates}"),
+        ("memory of each", size(plan.worker.together), _memory(plan.worker)),
     ]
     currency, months = prices.currency, assumed.storage_months
     yield [
@@ -87,6 +88,10 @@ def _sections(plan: ConvertPlan) -> Iterable[list[_Row]]:
         ("pays off after", questions(plan.break_even), f"{prompts} at {prices.prompt_per_million:g} a million"),
         ("", questions(plan.break_even_own), f"{prompts} on the same GPUs"),
     ]
+
+
+def _memory(worker: WorkerMemory) -> str:
+    return f"base {size(worker.base)}, hypernetwork {size(worker.hypernetwork)}, a full batch {size(worker.batch)}"
 
 
 def _alternatives(plan: ConvertPlan) -> Table:

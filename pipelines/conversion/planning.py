@@ -32,7 +32,7 @@ from core.text.documents import Document
 from core.text.parsing import Parser
 from core.text.tokens import read
 from core.writing.writer import WindowRule
-from pipelines.conversion.recipe import ConvertRecipe
+from pipelines.conversion.recipe import DTYPES, ConvertRecipe
 from pipelines.corpus.files import UNKNOWN_SIZE, File, filesystem, os_errors, suffixes
 from pipelines.corpus.listing import list_files
 from pipelines.corpus.records import FORMATS, Reading, is_whole, read_files
@@ -153,7 +153,8 @@ def plan_conversion(source: str, recipe: PlanRecipe, out: Path | None = None) ->
     max_tokens = rule.longest(base.max_length, memory_tokens(base, settings), trained_tokens)
     volume = sample(source, recipe, _Cut(_load_tokenizer(recipe.base), rule, max_tokens))
     packing = Packing(**{name: getattr(recipe.run, name) for name in Packing.model_fields})
-    plan = plan_convert(volume, base, settings, recipe.encoding, packing, recipe.prices, recipe.assumptions)
+    dtype = DTYPES[recipe.run.dtype]
+    plan = plan_convert(volume, base, settings, recipe.encoding, packing, recipe.prices, recipe.assumptions, dtype)
     if out is not None:
         write_resolved(plan, out)
     return plan

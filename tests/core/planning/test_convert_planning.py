@@ -25,6 +25,7 @@ from core.planning.convert import (
     memory_tokens,
     plan_convert,
     skeleton,
+    worker_memory,
 )
 from core.planning.costs import Prices
 from core.shine.hypernetwork import Hypernetwork, HypernetworkSettings
@@ -107,6 +108,18 @@ def test_two_million_adapters_of_qwen3_8b_are_87_tb(qwen3_8b: Path) -> None:
     assert {other.rank for other in plan.alternatives if other.sites == SITES} == {4, 8, 16, 32}
     attention = next(other for other in plan.alternatives if other.sites == ("q", "k", "v", "o"))
     assert attention.bytes["bf16"] == 2 * 8 * 36 * (2 * 8192 + 2 * 5120) and attention.gpu_hours < plan.gpu_hours
+
+
+def test_a_workers_weights_are_those_that_it_loads(qwen3_8b: Path) -> None:
+    base = tiny_base("qwen3")
+    hypernetwork = Hypernetwork(base, SETTINGS)
+    found = worker_memory(base, SETTINGS, Packing(), torch.float32)
+    assert found.base == 4 * sum(each.numel() for each in base.model.parameters())
+    assert found.hypernetwork == 4 * sum(each.numel() for each in hypernetwork.parameters() if each.requires_grad)
+    large = worker_memory(skeleton(qwen3_8b), HypernetworkSettings(), Packing(), torch.bfloat16)
+    assert large.base == pytest.approx(16.4e9, rel=0.01) and large.hypernetwork == pytest.approx(4 * (537e6 + 349e6), rel=0.01)
+    halved = worker_memory(skeleton(qwen3_8b), HypernetworkSettings(), Packing(batch_rows=8), torch.bfloat16)
+    assert halved.batch == large.batch // 2 and "memory of each" in shown(plan_tables(planned(qwen3_8b, volume(9, 9)), "corpus"))
 
 
 def test_a_skeleton_has_the_shapes_of_the_base_and_no_weights() -> None:
