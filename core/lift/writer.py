@@ -30,11 +30,12 @@ from torch import Tensor
 
 from core.adapters import files as adapter_files
 from core.adapters.base_model import BaseModel, hash_tensors, tokenizer_of
-from core.adapters.codec import Encoding, decode, encode
+from core.adapters.codec import decode, encode
 from core.adapters.deltas import changes_anything
 from core.adapters.gated_memory import weights_of
+from core.adapters.layout import Encoding
 from core.adapters.lora import LoraWeights, composed, recompress, stack
-from core.adapters.spec import AdapterWeights
+from core.adapters.weights import AdapterWeights
 from core.config import Section, identity
 from core.lift.course import FixedQuestions, PolledQuestions, Questions
 from core.lift.examples import question_example

@@ -22,11 +22,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
-from torch import Tensor
 
-from core.adapters.codec import decode
 from core.adapters.spec import AdapterSpec
 from core.store.commits import Commits
 from core.store.demand import DemandCounter, read_demand
@@ -42,6 +41,9 @@ from core.store.roots import Root
 from core.store.shards import SHARD_BYTES, read_blobs, remove_shards, write_blobs
 from core.store.versions import Versions
 from core.text.documents import Document
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Store:
@@ -148,8 +150,10 @@ class Store:
         """A document's text, checked; errors as of `get_bytes`."""
         return self.get_bytes(row).decode()
 
-    def get_vector(self, row: AdapterRow) -> Tensor:
+    def get_vector(self, row: AdapterRow) -> "Tensor":
         """An adapter's flat_N, fp32, checked; errors as of `get_bytes`, and `StoreError` where the bytes do not fit its spec."""
+        from core.adapters.codec import decode  # brings torch, which whoever only lists need not wait for
+
         data = self.get_bytes(row)
         try:
             return decode(data, self.spec(row.spec_fingerprint), row.encoding)

@@ -24,8 +24,8 @@ from core.store.upkeep.erasure import Erased
 from core.store.upkeep.moving import Rewriter
 from core.store.upkeep.verification import Verified
 from core.store.versions import Versions
-from core.writing.quality_gate import gain
-from pipelines.conversion.plan_tables import counted, framed, size
+from core.writing.gain import gain
+from pipelines.terminal import counted, framed, size
 
 _SHOWN = 20
 

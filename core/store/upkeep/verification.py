@@ -16,7 +16,7 @@ from contextlib import suppress
 from itertools import pairwise
 from typing import NamedTuple
 
-from core.adapters.codec import decode, encoded_bytes
+from core.adapters.layout import encoded_bytes
 from core.adapters.spec import AdapterSpec
 from core.store.demand import read_demand
 from core.store.errors import MissingObject, StoreError
@@ -237,6 +237,8 @@ class _Check:
         return [fault for fault in found if fault is not None]
 
     def _blob_fault(self, row: Row, blob: bytes) -> str | None:
+        from core.adapters.codec import decode  # brings torch
+
         if blob_hash(blob) != row.blob_hash:
             return f"{FOLDER}/{row.shard} is damaged between bytes {row.offset} and {row.offset + row.length}: {_what(row)}"
         try:
