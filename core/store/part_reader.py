@@ -218,6 +218,9 @@ class PartReader:
         found |= {name: promised.result() for name, promised in others.items()}
         failed = [name for name in others if found[name] is None]
         found.update(zip(failed, read([wanted[name] for name in failed]), strict=True))
+        with self._lock:
+            for name in failed if keep else ():
+                self._keep(name, found[name])
         return [found[name] for name in wanted]
 
     def _keep(self, name: _Name, value: Footer | Rows) -> None:

@@ -37,7 +37,7 @@ def scattered(tmp_path_factory: pytest.TempPathFactory) -> Store:
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_a_prefix_lists_what_a_filter_gives(scattered: Store, data: Any) -> None:
-    every = [row for row, _ in scattered.each_document("tenant")]
+    every = scattered.list_documents("tenant", limit=1000).rows
     assert 100 < len(every) < 330
     assert [row.key for row in every] == sorted(row.key for row in every)
     prefix = data.draw(st.sampled_from(["", "a", "a/", "b", "e\u0301", "z", "zz", "zzz", "nothing", "\0", "~"]))
