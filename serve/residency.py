@@ -20,7 +20,8 @@ import torch
 
 from core.adapters.deltas import changes_anything
 from core.adapters.gated_memory import weights_of
-from core.adapters.spec import AdapterSpec, AdapterWeights
+from core.adapters.spec import AdapterSpec
+from core.adapters.weights import AdapterWeights
 from core.store.manifest import AdapterRow
 from core.store.store import Store
 

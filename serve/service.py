@@ -18,7 +18,8 @@ from typing import NamedTuple, get_args
 from core.adapters.base_model import BaseModel, tokenizer_of
 from core.adapters.gated_memory import memory_spec
 from core.adapters.lora import check_fits
-from core.adapters.spec import AdapterSpec, AdapterWeights, Gate, common_spec
+from core.adapters.spec import AdapterSpec, Gate, common_spec
+from core.adapters.weights import AdapterWeights
 from core.engine.token_loop import Engine, Request, Sampling, Token
 from core.lift.examples import Wording
 from core.store.demand import DemandCounter

@@ -23,7 +23,8 @@ import torch
 
 from benchmarks.record import RESULTS, write_result
 from core.adapters.base_model import load_base, tokenizer_of
-from core.adapters.codec import ENCODINGS, Encoding, decode, encode, encoded_bytes
+from core.adapters.codec import decode, encode
+from core.adapters.layout import ENCODINGS, Encoding, encoded_bytes
 from core.adapters.lora import LoraWeights
 from core.adapters.spec import AdapterSpec
 from core.shine.hypernetwork import Hypernetwork

@@ -17,7 +17,7 @@ from benchmarks.lift.setup import Reference, reference
 from benchmarks.record import RESULTS, write_result
 from core.adapters.base_model import tokenizer_of
 from core.adapters.lora import stack
-from core.adapters.spec import AdapterWeights
+from core.adapters.weights import AdapterWeights
 from core.text.tokens import read
 from core.training.metrics import mean_interval
 from core.writing.writer import WindowRule

@@ -16,7 +16,8 @@ import torch
 from benchmarks.lift.setup import LIFT, PAIRS, PARTS, RUN, stand_in_questions
 from benchmarks.record import RESULTS, write_result
 from core.adapters.base_model import BaseModel, load_base
-from core.adapters.codec import decode, encode, encoded_bytes
+from core.adapters.codec import decode, encode
+from core.adapters.layout import encoded_bytes
 from core.adapters.lora import LoraWeights, recompress, stack
 from core.adapters.spec import AdapterSpec, SiteShape
 from pipelines.evaluation.asking import Asker, evaluating

@@ -20,7 +20,7 @@ from benchmarks.lift.question_server import Manners, question_server
 from benchmarks.lift.setup import LIFT, RUN, endpoint, once, settings
 from benchmarks.record import RESULTS, write_result
 from core.adapters.base_model import load_base, tokenizer_of
-from core.adapters.spec import AdapterWeights
+from core.adapters.weights import AdapterWeights
 from core.lift.settings import LiftSettings
 from core.text.prompts import encode
 from core.text.sentences import sentences

@@ -38,7 +38,7 @@ from core.adapters import files as adapter_files
 from core.adapters.base_model import BaseModel
 from core.adapters.gated_memory import GatedMemory
 from core.adapters.lora import stack
-from core.adapters.spec import AdapterWeights
+from core.adapters.weights import AdapterWeights
 from core.config import digest
 from core.lift.settings import LiftSettings
 from core.lift.trainer import Job

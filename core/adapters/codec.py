@@ -19,64 +19,15 @@ quantised there.
 """
 
 from collections.abc import Iterator
-from functools import lru_cache
-from itertools import groupby
-from math import prod
-from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from core.adapters.spec import AdapterSpec, Entry
-
-Encoding = Literal["fp32", "bf16", "int8", "int4"]
-ENCODINGS: tuple[Encoding, ...] = get_args(Encoding)
-GROUP = 64
+from core.adapters.layout import Encoding, Grid, check_known, count_scales, encoded_bytes, runs
+from core.adapters.spec import AdapterSpec
 
 _LARGEST = {"int8": 127, "int4": 7}
-_FEATURES_BEFORE_LAST = ("A", "W1", "V")
-
-
-class _Grid(NamedTuple):
-    """A tensor as `[outer, features, inner]`; groups of `size` features share a scale."""
-
-    outer: int
-    features: int
-    inner: int
-
-    @property
-    def numel(self) -> int:
-        return prod(self)
-
-    @property
-    def size(self) -> int:
-        return min(GROUP, self.features)
-
-    @property
-    def groups(self) -> int:
-        return -(-self.features // GROUP)
-
-    @property
-    def scales(self) -> int:
-        return self.outer * self.groups * self.inner
-
-
-class _Run(NamedTuple):
-    """Equal layers in a row, and the tensors of one of them."""
-
-    layers: int
-    grids: tuple[_Grid, ...]
-
-
-def encoded_bytes(spec: AdapterSpec, encoding: Encoding) -> int:
-    """Bytes of an adapter; `ValueError` for an unknown encoding."""
-    _check_known(encoding)
-    if encoding == "fp32":
-        return 4 * spec.numel
-    if encoding == "bf16":
-        return 2 * spec.numel
-    return 2 * _scales(spec) + (spec.numel if encoding == "int8" else -(-spec.numel // 2))
 
 
 def encode(flat_N: Tensor, encoding: Encoding, spec: AdapterSpec) -> bytes:
@@ -84,7 +35,7 @@ def encode(flat_N: Tensor, encoding: Encoding, spec: AdapterSpec) -> bytes:
 
     Raises `ValueError` for another shape, for an unknown encoding, and where a number is not finite or does not stay so.
     """
-    _check_known(encoding)
+    check_known(encoding)
     if flat_N.shape != (spec.numel,) or not flat_N.is_floating_point():
         raise ValueError(
             f"expected a flat vector of {spec.numel} floats, which the spec counts, got {tuple(flat_N.shape)} of {flat_N.dtype}"
@@ -120,7 +71,7 @@ def decode(data: bytes, spec: AdapterSpec, encoding: Encoding) -> Tensor:
         flat_N = _read_bf16(data).float()
         _check_finite(flat_N, encoding)
         return flat_N
-    scale_S = _read_bf16(data[: 2 * _scales(spec)]).float()
+    scale_S = _read_bf16(data[: 2 * count_scales(spec)]).float()
     _check_scales(scale_S, encoding)
     whole_N = torch.from_numpy(np.frombuffer(data, np.int8, offset=2 * len(scale_S)).copy())
     if encoding == "int4":
@@ -136,15 +87,10 @@ def decode(data: bytes, spec: AdapterSpec, encoding: Encoding) -> Tensor:
     return flat_N
 
 
-def _check_known(encoding: str) -> None:
-    if encoding not in ENCODINGS:
-        raise ValueError(f"encoding {encoding!r} is not known: this version knows {', '.join(ENCODINGS)}")
-
-
 def _quantised(values_N: Tensor, spec: AdapterSpec, encoding: Encoding) -> tuple[Tensor, Tensor]:
     """Scales in bf16 and whole numbers in int8."""
     largest = _LARGEST[encoding]
-    scale_S = values_N.new_empty(_scales(spec), dtype=torch.bfloat16)
+    scale_S = values_N.new_empty(count_scales(spec), dtype=torch.bfloat16)
     whole_N = torch.empty_like(values_N, dtype=torch.int8)
     wholes = (whole for _, whole, _ in _tensors(spec, whole_N, scale_S))
     for (grid, x, scale), whole in zip(_tensors(spec, values_N, scale_S), wholes, strict=True):
@@ -159,9 +105,9 @@ def _quantised(values_N: Tensor, spec: AdapterSpec, encoding: Encoding) -> tuple
     return scale_S, whole_N
 
 
-def _tensors(spec: AdapterSpec, values_N: Tensor, scale_S: Tensor) -> Iterator[tuple[_Grid, Tensor, Tensor]]:
+def _tensors(spec: AdapterSpec, values_N: Tensor, scale_S: Tensor) -> Iterator[tuple[Grid, Tensor, Tensor]]:
     """Views of each tensor over equal layers, `[layers, outer, features, inner]`, and of its scales, with groups for features."""
-    for run in _layout(spec):
+    for run in runs(spec):
         numels, scales = [grid.numel for grid in run.grids], [grid.scales for grid in run.grids]
         here, values_N = values_N.split([run.layers * sum(numels), len(values_N) - run.layers * sum(numels)])
         here_S, scale_S = scale_S.split([run.layers * sum(scales), len(scale_S) - run.layers * sum(scales)])
@@ -170,24 +116,9 @@ def _tensors(spec: AdapterSpec, values_N: Tensor, scale_S: Tensor) -> Iterator[t
             yield grid, part.unflatten(1, grid), part_S.unflatten(1, (grid.outer, grid.groups, grid.inner))
 
 
-def _spread(scale: Tensor, grid: _Grid) -> Tensor:
+def _spread(scale: Tensor, grid: Grid) -> Tensor:
     """Each group's scale at each of its features."""
     return scale.repeat_interleave(grid.size, dim=2)[:, :, : grid.features]
-
-
-@lru_cache(maxsize=64)
-def _layout(spec: AdapterSpec) -> tuple[_Run, ...]:
-    of_layer = {layer: tuple(map(_grid, entries)) for layer, entries in groupby(spec.table, key=lambda entry: entry.layer)}
-    return tuple(_Run(len(list(layers)), grids) for grids, layers in groupby(of_layer.values()))
-
-
-def _grid(entry: Entry) -> _Grid:
-    at = len(entry.shape) - (2 if entry.tensor in _FEATURES_BEFORE_LAST else 1)
-    return _Grid(prod(entry.shape[:at]), entry.shape[at], prod(entry.shape[at + 1 :]))
-
-
-def _scales(spec: AdapterSpec) -> int:
-    return sum(run.layers * grid.scales for run in _layout(spec) for grid in run.grids)
 
 
 def _to_bytes(values: Tensor) -> bytes:

@@ -3,7 +3,8 @@
 from torch import Tensor
 
 from core.adapters.lora import LoraWeights
-from core.adapters.spec import ATTENTION, AdapterWeights
+from core.adapters.spec import ATTENTION
+from core.adapters.weights import AdapterWeights
 
 
 def delta_norms(weights: LoraWeights) -> Tensor:

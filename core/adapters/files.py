@@ -9,7 +9,8 @@ from pathlib import Path
 from core.adapters import weight_files
 from core.adapters.base_model import BaseModel
 from core.adapters.gated_memory import weights_of
-from core.adapters.spec import AdapterSpec, AdapterWeights
+from core.adapters.spec import AdapterSpec
+from core.adapters.weights import AdapterWeights
 
 
 def save(weights: AdapterWeights, base: BaseModel, directory: str | Path) -> None:

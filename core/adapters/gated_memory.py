@@ -25,7 +25,8 @@ from torch.nn.functional import silu
 
 from core.adapters.base_model import Attachment, BaseModel
 from core.adapters.lora import LoraWeights, Rows
-from core.adapters.spec import ATTENTION, AdapterSpec, AdapterWeights, Gate, SiteShape
+from core.adapters.spec import ATTENTION, AdapterSpec, Gate, SiteShape
+from core.adapters.weights import AdapterWeights
 
 Initialisation = Literal["identity", "released"]
 RELEASED_NAMES = {"W1": "mem_proj.0", "W2": "mem_proj.2", "V": "gate_proj.0", "w": "gate_proj.2"}

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from core.adapters.base_model import Attachment, BaseModel
-from core.adapters.spec import ATTENTION, AdapterSpec, AdapterWeights, common_spec
+from core.adapters.spec import ATTENTION, AdapterSpec, common_spec
+from core.adapters.weights import AdapterWeights
 
 WeightsT = TypeVar("WeightsT", bound=AdapterWeights)
 

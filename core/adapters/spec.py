@@ -1,30 +1,27 @@
 """What an adapter is: a table of tensors and one flat vector that holds them all.
 
 `AdapterSpec` is the table (layer, site, tensor, shape, offset). Everything that makes, stores, ships or attaches adapters
-speaks of a spec and of vectors `flat_BN` under it; `AdapterWeights` is B of them, of either kind:
+speaks of a spec and of vectors `flat_BN` under it (`core.adapters.weights`), of either kind:
 
 - lora: the order is SHINE's (paper, section 3; github MuLabPKU/SHINE): layer by layer, q, k, v, o, gate, up, down, in each A
   before B, row-major; C, a generated bias, comes last where the spec has one. No alpha: any alpha/r is folded into B.
 - gated_memory (LIFT, arXiv 2502.14644 v3): layer by layer W1, W2, V, w of the attention's query heads. The rank is the width of
   the memory; the gate's is floor(sqrt(head_dim)).
+
+Imports no torch, so that whoever only lists adapters need not wait for it; `split` and `join` work on tensors.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 from math import isqrt, prod
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self, get_args
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from core.config import digest
 
 if TYPE_CHECKING:
-    from core.adapters.base_model import BaseModel
+    from torch import Tensor
 
 SITES = ("q", "k", "v", "o", "gate", "up", "down")
 ATTENTION = "attention"
@@ -137,7 +134,7 @@ class AdapterSpec:
     def _sizes(self) -> list[int]:
         return [entry.numel for entry in self.table]
 
-    def split(self, flat_BN: Tensor) -> dict[tuple[int, str, str], Tensor]:
+    def split(self, flat_BN: "Tensor") -> "dict[tuple[int, str, str], Tensor]":
         """Views `[B, *shape]` of every tensor, by (layer, site, tensor).
 
         One `split`, so that its backward is one concatenation: slices taken one by one would each fill a whole vector of zeros.
@@ -150,8 +147,10 @@ class AdapterSpec:
             for entry, part in zip(self.table, parts, strict=True)
         }
 
-    def join(self, tensors: Mapping[tuple[int, str, str], Tensor]) -> Tensor:
+    def join(self, tensors: "Mapping[tuple[int, str, str], Tensor]") -> "Tensor":
         """`flat_BN` of tensors `[B, *shape]`: what `split` undoes."""
+        import torch
+
         return torch.cat([tensors[entry.layer, entry.site, entry.tensor].flatten(1) for entry in self.table], dim=1)
 
     def with_rank(self, rank: int) -> "AdapterSpec":
@@ -206,76 +205,6 @@ class AdapterSpec:
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the table."""
         return digest(self.to_json())
-
-
-@dataclass(frozen=True, eq=False)
-class AdapterWeights(ABC):
-    """B adapters of one kind under one spec. `flat_BN` may carry gradient."""
-
-    kind: ClassVar[Kind]
-
-    spec: AdapterSpec
-    flat_BN: Tensor
-
-    def __post_init__(self) -> None:
-        if self.spec.kind != self.kind:
-            raise ValueError(f"{type(self).__name__} holds adapters of kind {self.kind}: these are of kind {self.spec.kind}")
-        if self.flat_BN.ndim != 2 or self.flat_BN.shape[1] != self.spec.numel:
-            raise ValueError(f"flat_BN has shape {tuple(self.flat_BN.shape)}: this spec wants [B, {self.spec.numel}]")
-
-    @cached_property
-    def tensors(self) -> dict[tuple[int, str, str], Tensor]:
-        """Views `[B, ...]` of every tensor, by (layer, site, tensor)."""
-        return self.spec.split(self.flat_BN)
-
-    def __len__(self) -> int:
-        return self.flat_BN.shape[0]
-
-    def select(self, index: Tensor | slice) -> Self:
-        """The adapters at `index`, in that order."""
-        return type(self)(self.spec, self.flat_BN[index])
-
-    def detach(self) -> Self:
-        return type(self)(self.spec, self.flat_BN.detach())
-
-    def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Self:
-        return type(self)(self.spec, self.flat_BN.to(device=device, dtype=dtype))
-
-    def padded(self, rank: int) -> Self:
-        """The same adapters at a larger rank; exact."""
-        return self.padded_to(self.spec.with_rank(rank))
-
-    def padded_to(self, spec: AdapterSpec) -> Self:
-        """The same adapters under a spec of larger rank or more sites; exact.
-
-        Zero columns of A and W1, zero rows of B and W2, zeros at the sites and biases that are new.
-        """
-        if spec == self.spec:
-            return self
-        if spec.rank < self.spec.rank:
-            raise ValueError(f"cannot pad rank {self.spec.rank} down to {spec.rank}: use recompress, which reports its error")
-        if not spec.has_sites_of(self.spec):
-            raise ValueError("adapters can be padded to more sites, never to fewer or others: these are of another kind or base")
-        extra = spec.rank - self.spec.rank
-        columns, rows = (0, extra), (0, 0, 0, extra)
-        pads = {"A": columns, "W1": columns, "B": rows, "W2": rows}
-        tensors = {
-            entry[:3]: self.flat_BN.new_zeros(len(self), *entry.shape)
-            if entry[:3] not in self.tensors
-            else torch.nn.functional.pad(self.tensors[entry[:3]], pads.get(entry.tensor, ()))
-            for entry in spec.table
-        }
-        return type(self)(spec, spec.join(tensors))
-
-    @abstractmethod
-    def attach(self, base: "BaseModel", index_B: Tensor | None = None) -> AbstractContextManager[None]:
-        """Inside, `base` runs under these adapters: row b under adapter `index_B[b]`, -1 for none.
-
-        Without `index_B`, row b runs under adapter b, or all rows under the only adapter. Contexts may be nested. Backward may
-        run after the context has been left, with gradient checkpointing too. Holds for the current thread only. Raises
-        `ValueError` for adapters of another base's shape or device, for an index out of range, and in the base's forward for a
-        wrong number of rows.
-        """
 
 
 def common_spec(specs: Sequence[AdapterSpec]) -> AdapterSpec:

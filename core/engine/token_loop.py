@@ -23,7 +23,8 @@ from torch import Tensor
 from core.adapters.base_model import BaseModel
 from core.adapters.gated_memory import weights_of
 from core.adapters.lora import check_fits
-from core.adapters.spec import AdapterSpec, AdapterWeights, common_spec
+from core.adapters.spec import AdapterSpec, common_spec
+from core.adapters.weights import AdapterWeights
 from core.engine.slot_cache import SlotCache
 
 FinishReason = Literal["stop", "length", "error"]

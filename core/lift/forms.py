@@ -22,7 +22,8 @@ from torch import Tensor
 from core.adapters.base_model import BaseModel
 from core.adapters.gated_memory import GatedMemory, Initialisation, initial
 from core.adapters.lora import LoraWeights, compose, compose_groups, recompress
-from core.adapters.spec import SITES, AdapterSpec, AdapterWeights, Kind
+from core.adapters.spec import SITES, AdapterSpec, Kind
+from core.adapters.weights import AdapterWeights
 from core.config import Section
 
 DEFAULT_RANK = 128

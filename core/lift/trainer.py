@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from core.adapters.base_model import BaseModel, tokenizer_of
 from core.adapters.gated_memory import gate_penalty, recording_gates
-from core.adapters.spec import AdapterWeights
+from core.adapters.weights import AdapterWeights
 from core.config import fingerprint
 from core.lift.course import Course, Exercise, FixedQuestions, Questions, weighed
 from core.lift.forms import form_of

@@ -29,8 +29,9 @@ from safetensors import SafetensorError
 
 from core.adapters import files as adapter_files
 from core.adapters.base_model import BaseModel, hash_tensors, tokenizer_of
-from core.adapters.codec import Encoding, encode
+from core.adapters.codec import encode
 from core.adapters.deltas import changes_anything
+from core.adapters.layout import Encoding
 from core.adapters.lora import LoraWeights, composed, recompress, stack
 from core.config import Section, identity
 from core.lift.course import FixedQuestions, Questions

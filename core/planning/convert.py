@@ -22,7 +22,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from core.adapters.base_model import BaseModel
-from core.adapters.codec import ENCODINGS, Encoding, encoded_bytes
+from core.adapters.layout import ENCODINGS, Encoding, encoded_bytes
 from core.adapters.spec import SITES
 from core.config import Section
 from core.planning.costs import Gpus, Prices

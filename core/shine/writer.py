@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from core.adapters.base_model import tokenizer_of
-from core.adapters.codec import Encoding, encode
+from core.adapters.codec import encode
 from core.adapters.deltas import delta_norms, unusable
+from core.adapters.layout import Encoding
 from core.adapters.lora import Composition, LoraWeights, composed
 from core.shine.hypernetwork import Hypernetwork
 from core.store.manifest import Producer, adapter_id

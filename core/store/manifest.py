@@ -11,15 +11,17 @@ import re
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property
-from typing import Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
-from torch import Tensor
 
-from core.adapters.codec import Encoding, encode, encoded_bytes
+from core.adapters.layout import Encoding, encoded_bytes
 from core.adapters.spec import AdapterSpec
 from core.config import digest
 from core.text.documents import Window, clean_name
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _HASH = re.compile(r"[0-9a-f]{64}")
 
@@ -163,7 +165,7 @@ class NewAdapter:
     producer: Producer
     spec: AdapterSpec
     encoding: Encoding
-    vector: Tensor | bytes
+    vector: "Tensor | bytes"
     tokens: int
     quality: float | None = None
     quality_lost: float | None = None
@@ -217,10 +219,15 @@ class NewAdapter:
             raise ValueError("an adapter names its tenant and content hash as its document does: take both from the document")
         if not 0 <= self.window.start < self.window.end:
             raise ValueError(f"window {tuple(self.window)} is empty or negative: give the token range that the adapter is for")
-        data = self.vector if isinstance(self.vector, bytes) else encode(self.vector, self.encoding, self.spec)
+        data = self.vector if isinstance(self.vector, bytes) else self._encoded(self.vector)
         if len(data) != (expected := encoded_bytes(self.spec, self.encoding)):
             raise ValueError(f"the vector has {len(data)} bytes, but its spec has {expected} in {self.encoding}")
         return data
+
+    def _encoded(self, vector: "Tensor") -> bytes:
+        from core.adapters.codec import encode  # brings torch, which whoever only lists need not wait for
+
+        return encode(vector, self.encoding, self.spec)
 
 
 Row = DocumentRow | AdapterRow

@@ -4,8 +4,9 @@ In: parts as a root lists them, and key ranges. Out: rows, newest first to hold:
 sequence. Tombstones are given too; whoever asks leaves them out. Knows nothing of versions: parts are never edited, so what was
 read once holds under every root that lists it.
 
-Footers and row groups are kept decoded under a budget of bytes, the least recently used go. What is missing is read side by
-side: a look-up that has nothing in memory takes two rounds of ranged reads (footers, then row groups; a small part comes whole).
+Footers and row groups are kept decoded under a budget of bytes, the least recently used go. What several threads miss at the same
+time is read by one of them. All that a call misses is read side by side: a look-up that has nothing in memory takes two rounds of
+ranged reads (footers, then row groups; a small part comes whole).
 
 Cost: a key whose row group is in memory takes 20 us a part that may hold it, 1 ms in all; one that is not, 5 ms and two reads.
 Many keys at once read each row group once, so that more than a hundredth of all rows are found faster by a scan, which passes
@@ -15,8 +16,9 @@ over a million rows in a second or two and holds a row group of each run.
 import threading
 from bisect import bisect_left, bisect_right
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from typing import Any, NamedTuple, TypeVar
 
 import pyarrow as pa
 
@@ -30,6 +32,12 @@ _WHOLE_BYTES = 2**17
 _GROUPS_AT_ONCE = 32
 _FEW_RANGES = 16
 _FOOTER = -1
+
+_Name = tuple[str, int]
+"""A part and the number of a row group in it, or `_FOOTER`."""
+
+ItemT = TypeVar("ItemT", Part, "_Place")
+DecodedT = TypeVar("DecodedT", Footer, Rows)
 
 
 class KeyRange(NamedTuple):
@@ -86,7 +94,7 @@ class _Place(NamedTuple):
     number: int
 
     @property
-    def name(self) -> tuple[str, int]:
+    def name(self) -> _Name:
         return self.part.name, self.number
 
 
@@ -96,8 +104,9 @@ class PartReader:
     def __init__(self, objects: Objects, cache_bytes: int = CACHE_BYTES) -> None:
         self._objects = objects
         self._cache_bytes = cache_bytes
-        self._cache: OrderedDict[tuple[str, int], Footer | Rows] = OrderedDict()
+        self._cache: OrderedDict[_Name, Footer | Rows] = OrderedDict()
         self._cached_bytes = 0
+        self._reading: dict[_Name, Future[Any]] = {}
         self._lock = threading.Lock()
 
     def lookup(self, parts: Sequence[Part], ranges: Iterable[KeyRange]) -> dict[Key, Row]:
@@ -150,51 +159,80 @@ class PartReader:
                 cursor.leave(first)
 
     def _footers(self, parts: Sequence[Part], keep: bool = True) -> list[Footer]:
-        cached = {part.name: self._cached((part.name, _FOOTER)) for part in parts}
-        found = {name: footer for name, footer in cached.items() if isinstance(footer, Footer)}
-        missing = [part for part in parts if part.name not in found]
-        ranges = [
-            (part.object_name, 0, part.bytes)
-            if part.bytes <= _WHOLE_BYTES
-            else (part.object_name, part.bytes - part.footer_bytes, part.footer_bytes)
-            for part in missing
-        ]
-        for part, data in zip(missing, self._objects.read_ranges(ranges), strict=True):
-            footer = found[part.name] = decode_footer(part, data[-part.footer_bytes :])
-            self._keep((part.name, _FOOTER), footer, keep)
-            if len(data) == part.bytes:
-                for number, group in enumerate(footer.groups):
-                    rows = decode_group(part, footer, number, data[group.offset : group.offset + group.length])
-                    self._keep((part.name, number), rows)
-        return [found[part.name] for part in parts]
+        def read(missing: Sequence[Part]) -> Iterator[Footer]:
+            ranges = [
+                (part.object_name, 0, part.bytes)
+                if part.bytes <= _WHOLE_BYTES
+                else (part.object_name, part.bytes - part.footer_bytes, part.footer_bytes)
+                for part in missing
+            ]
+            for part, data in zip(missing, self._objects.read_ranges(ranges), strict=True):
+                footer = decode_footer(part, data[-part.footer_bytes :])
+                if len(data) == part.bytes:
+                    for number, group in enumerate(footer.groups):
+                        rows = decode_group(part, footer, number, data[group.offset : group.offset + group.length])
+                        with self._lock:
+                            self._keep((part.name, number), rows)
+                yield footer
+
+        return self._found({(part.name, _FOOTER): part for part in parts}, read, keep)
 
     def _groups(self, places: Sequence[_Place], keep: bool = True) -> list[Rows]:
-        cached = {place.name: self._cached(place.name) for place in places}
-        found = {name: rows for name, rows in cached.items() if isinstance(rows, Rows)}
-        missing = [place for place in places if place.name not in found]
-        groups = [place.footer.groups[place.number] for place in missing]
-        ranges = [(place.part.object_name, group.offset, group.length) for place, group in zip(missing, groups, strict=True)]
-        for place, data in zip(missing, self._objects.read_ranges(ranges), strict=True):
-            rows = found[place.name] = decode_group(*place, data)
-            self._keep(place.name, rows, keep)
-        return [found[place.name] for place in places]
+        def read(missing: Sequence[_Place]) -> Iterator[Rows]:
+            groups = [(place.part.object_name, place.footer.groups[place.number]) for place in missing]
+            ranges = [(name, group.offset, group.length) for name, group in groups]
+            for place, data in zip(missing, self._objects.read_ranges(ranges), strict=True):
+                yield decode_group(*place, data)
 
-    def _cached(self, name: tuple[str, int]) -> Footer | Rows | None:
+        return self._found({place.name: place for place in places}, read, keep)
+
+    def _found(
+        self, wanted: dict[_Name, ItemT], read: Callable[[Sequence[ItemT]], Iterable[DecodedT]], keep: bool
+    ) -> list[DecodedT]:
+        """What is in memory, what other threads are reading already, once they have it, and the rest by `read`.
+
+        What another thread failed to read is read again here, so that whoever raises has met the error itself.
+        """
+        found: dict[_Name, Any] = {}
+        own: dict[_Name, Future[DecodedT | None]] = {}
+        others: dict[_Name, Future[DecodedT | None]] = {}
         with self._lock:
-            if name in self._cache:
-                self._cache.move_to_end(name)
-            return self._cache.get(name)
+            for name in wanted:
+                if name in self._cache:
+                    self._cache.move_to_end(name)
+                    found[name] = self._cache[name]
+                elif name in self._reading:
+                    others[name] = self._reading[name]
+                else:
+                    own[name] = self._reading[name] = Future()
+        try:
+            found.update(zip(own, read([wanted[name] for name in own]), strict=True))
+        finally:
+            with self._lock:
+                for name in own:
+                    del self._reading[name]
+                    if name in found and keep:
+                        self._keep(name, found[name])
+            for name, promised in own.items():
+                promised.set_result(found.get(name))
+        found |= {name: promised.result() for name, promised in others.items()}
+        failed = [name for name in others if found[name] is None]
+        found.update(zip(failed, read([wanted[name] for name in failed]), strict=True))
+        with self._lock:
+            for name in failed if keep else ():
+                self._keep(name, found[name])
+        return [found[name] for name in wanted]
 
-    def _keep(self, name: tuple[str, int], value: Footer | Rows, keep: bool = True) -> None:
-        if not keep or value.nbytes > self._cache_bytes:
+    def _keep(self, name: _Name, value: Footer | Rows) -> None:
+        """Under the lock."""
+        if value.nbytes > self._cache_bytes:
             return
-        with self._lock:
-            if name not in self._cache:
-                self._cached_bytes += value.nbytes
-                self._cache[name] = value
-            while self._cached_bytes > self._cache_bytes:
-                _, gone = self._cache.popitem(last=False)
-                self._cached_bytes -= gone.nbytes
+        if name not in self._cache:
+            self._cached_bytes += value.nbytes
+            self._cache[name] = value
+        while self._cached_bytes > self._cache_bytes:
+            _, gone = self._cache.popitem(last=False)
+            self._cached_bytes -= gone.nbytes
 
 
 class _Cursor:

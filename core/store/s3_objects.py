@@ -11,40 +11,26 @@ ignores it when a multipart upload is completed. A lost answer is asked again, a
 Ceph 16 enforces it only in buckets without versions, some servers nowhere. So each `S3Objects` creates its first object twice,
 and the second must be refused: else two writers would lose each other's commits, and `StoreError` says so.
 
-It speaks to botocore, whose requests go out once. s3fs and aiobotocore send a PUT again by themselves after a cut connection
-(aiohttp counts PUT as idempotent), and s3fs turns the server's codes into plain OSErrors. Every request is tried `attempts`
-times, with pauses that double and are drawn at random. Uploads carry their MD5, which AWS and Ceph check; the newer
-checksums are unknown to Ceph 16. Nothing is asked by HEAD: its errors have no body, so expired credentials would have no name.
+Requests are tried again as `core.store.s3_client` says. Uploads carry their MD5, which AWS and Ceph check. Nothing is asked by
+HEAD: its errors have no body, so expired credentials would have no name.
 
 Cost: one GET for 16 MB of a range, one PUT for an object up to 16 MB, one more request than parts for a larger one;
-`PARTS_IN_FLIGHT` parts of it are in memory. 0.4 s to open the first in a process, 0.04 s others; 25 ms of hashing for 16 MB.
+`PARTS_IN_FLIGHT` parts of it are in memory. 25 ms of hashing for 16 MB.
 """
 
 import hashlib
-import logging
-import os
-import random
 import re
-import time
 from base64 import b64encode
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from contextlib import suppress
-from dataclasses import dataclass, replace
 from datetime import datetime
 from itertools import chain
-from typing import Any, TypeVar
+from typing import Any
 
-from botocore import exceptions
-from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError
-from botocore.loaders import create_loader
-from botocore.parsers import ResponseParserError
-from botocore.session import Session
-from pydantic import Field
+from botocore.exceptions import ClientError
 
-from core.config import RunSection
 from core.store.errors import MissingObject, StoreError
 from core.store.objects import (
     Listed,
@@ -57,6 +43,7 @@ from core.store.objects import (
     is_name,
     missing,
 )
+from core.store.s3_client import S3Client, S3Settings, status
 
 PARTS_IN_FLIGHT = 4
 MOST_PARTS = 10_000
@@ -64,51 +51,6 @@ _UNCHECKED_PARTS = 64
 
 _URL = re.compile(r"s3://([A-Za-z0-9][A-Za-z0-9._-]{1,254})(?:/([^\x00-\x1f]*))?")
 _ABSENT, _REFUSED, _OUTSIDE = 404, 412, 416
-_TRANSIENT_STATUS = {408, 409, 429}
-_NOT_IMPLEMENTED = 501
-_DAMAGED_BODY = {"BadDigest", "IncompleteBody", "XAmzContentSHA256Mismatch"}
-_TRANSIENT_CODES = _DAMAGED_BODY | {"InternalError", "RequestTimeout", "ServiceUnavailable", "SlowDown"}
-_EXPIRED = {"ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired"}
-_CUT = (
-    exceptions.ConnectionError,
-    exceptions.HTTPClientError,
-    exceptions.IncompleteReadError,
-    ResponseParserError,
-)
-_NO_CREDENTIALS = (
-    exceptions.CredentialRetrievalError,
-    exceptions.NoCredentialsError,
-    exceptions.PartialCredentialsError,
-    exceptions.SSOError,
-    exceptions.TokenRetrievalError,
-)
-
-_loader = create_loader()
-log = logging.getLogger(__name__)
-Answer = TypeVar("Answer")
-
-
-class S3Settings(RunSection):
-    """How patient a client is, and how much it does at once.
-
-    The n-th retry waits up to `first_pause_s` * 2^(n-1), at most `longest_pause_s`. S3 takes no parts below 5 MB.
-    """
-
-    attempts: int = Field(default=10, ge=1)
-    first_pause_s: float = Field(default=0.1, ge=0)
-    longest_pause_s: float = Field(default=8, ge=0)
-    timeout_s: float = Field(default=30, gt=0)
-    connections: int = Field(default=16, ge=1)
-    part_bytes: int = Field(default=16 * 2**20, ge=5 * 2**20)
-
-
-@dataclass(frozen=True)
-class _Connection:
-    """What one process has open."""
-
-    process: int
-    client: Any
-    pool: ThreadPoolExecutor
 
 
 class S3Objects(Objects):
@@ -125,7 +67,7 @@ class S3Objects(Objects):
         self._bucket, self._prefix = match[1], f"{prefix}/" if prefix else ""
         self._settings = settings or S3Settings()
         self.url = f"s3://{self._bucket}/{prefix}".rstrip("/")
-        self._connection = self._connect()
+        self._client = S3Client(self.url, self._bucket, self._settings)
         self._enforced = set[bool]()
 
     def __reduce__(self) -> tuple[type["S3Objects"], tuple[str, S3Settings]]:
@@ -135,7 +77,7 @@ class S3Objects(Objects):
         start = f"{self._prefix}{checked_folder(folder)}/"
         place: dict[str, Any] = {"StartAfter": start + after} if after else {}
         while True:
-            page = self._call("list_objects_v2", f"{folder}/", Prefix=start, **place)
+            page = self._client.call("list_objects_v2", f"{folder}/", Prefix=start, **place)
             for each in page.get("Contents", ()):
                 if is_file_name(name := each["Key"].removeprefix(start)):
                     yield Listed(name, each["Size"], each["LastModified"])
@@ -169,7 +111,7 @@ class S3Objects(Objects):
             pieces += [(name, start, min(part_bytes, offset + length - start)) for start in starts]
             counts.append(len(starts))
         few = len(pieces) < 2
-        found = map(self._get_piece, pieces) if few else self._open().pool.map(self._get_piece, pieces)
+        found = map(self._get_piece, pieces) if few else self._client.pool.map(self._get_piece, pieces)
         return [b"".join([next(found) for _ in range(count)]) for count in counts]
 
     def write(self, name: str, chunks: Iterable[bytes]) -> None:
@@ -189,7 +131,7 @@ class S3Objects(Objects):
             except ClientError:
                 with suppress(MissingObject):  # removed since
                     return self.read(name) == data
-        raise self._failed(name, "it is refused as existing, and does not exist")
+        raise self._client.failed(name, "it is refused as existing, and does not exist")
 
     def replace(self, name: str, data: bytes) -> None:
         self._put(name, data)
@@ -201,7 +143,7 @@ class S3Objects(Objects):
         before: list[str] = []
         while versions := self._versions(name):
             if versions == before:
-                raise self._failed(name, f"{len(versions)} versions of it cannot be deleted")
+                raise self._client.failed(name, f"{len(versions)} versions of it cannot be deleted")
             for version in versions:
                 self._delete(name, VersionId=version)
             before = versions
@@ -211,7 +153,7 @@ class S3Objects(Objects):
         hidden, marks = list[tuple[str, str]](), list[tuple[str, str]]()
         place: dict[str, Any] = {}
         while True:
-            page = self._call("list_object_versions", f"earlier versions in {folder}/", Prefix=start, **place)
+            page = self._client.call("list_object_versions", f"earlier versions in {folder}/", Prefix=start, **place)
             for kind in ("Versions", "DeleteMarkers"):
                 for each in page.get(kind, ()):
                     where = each["Key"].removeprefix(self._prefix), each["VersionId"]
@@ -225,13 +167,13 @@ class S3Objects(Objects):
                 break
             place = {"KeyMarker": page["NextKeyMarker"], "VersionIdMarker": page["NextVersionIdMarker"]}
         for some in (hidden, marks):  # a mark goes last: without it, what it hides would be seen again
-            list(self._open().pool.map(lambda where: self._delete(where[0], VersionId=where[1]), some))
+            list(self._client.pool.map(lambda where: self._delete(where[0], VersionId=where[1]), some))
         return len(hidden) + len(marks)
 
     def remove_unfinished(self, before: datetime) -> int:
         removed, place = 0, dict[str, Any]()
         while True:
-            page = self._call("list_multipart_uploads", "unfinished uploads", Prefix=self._prefix, **place)
+            page = self._client.call("list_multipart_uploads", "unfinished uploads", Prefix=self._prefix, **place)
             for each in page.get("Uploads", ()):
                 name = each["Key"].removeprefix(self._prefix)
                 if each["Initiated"] < before and each["Key"].startswith(self._prefix) and is_name(name):
@@ -251,9 +193,9 @@ class S3Objects(Objects):
             return data, int(answer["ContentRange"].rpartition("/")[2]) if "ContentRange" in answer else len(data)
 
         try:
-            return self._ask(name, request, (_ABSENT, _OUTSIDE))
+            return self._client.ask(name, request, (_ABSENT, _OUTSIDE))
         except ClientError as error:
-            if _status(error) == _ABSENT:
+            if status(error) == _ABSENT:
                 raise missing(name, self.url) from None
             raise
 
@@ -306,15 +248,15 @@ class S3Objects(Objects):
     def _put(self, name: str, data: bytes, **condition: str) -> Any:
         """One PUT. Raises `ClientError` where the condition does not hold."""
         answers = (_REFUSED,) if condition else ()
-        return self._call("put_object", name, answers, Key=self._key(name), Body=data, ContentMD5=_md5(data), **condition)
+        return self._client.call("put_object", name, answers, Key=self._key(name), Body=data, ContentMD5=_md5(data), **condition)
 
     def _upload(self, name: str, parts: Iterable[bytes]) -> None:
         """A multipart upload, which makes the object when it is completed and not before."""
-        upload = self._call("create_multipart_upload", name, Key=self._key(name))["UploadId"]
+        upload = self._client.call("create_multipart_upload", name, Key=self._key(name))["UploadId"]
         target = {"Key": self._key(name), "UploadId": upload}
 
         def send(number: int, part: bytes) -> dict[str, Any]:
-            answer = self._call("upload_part", name, **target, PartNumber=number, Body=part, ContentMD5=_md5(part))
+            answer = self._client.call("upload_part", name, **target, PartNumber=number, Body=part, ContentMD5=_md5(part))
             return {"PartNumber": number, "ETag": answer["ETag"]}
 
         running, sent, size = deque[Future[dict[str, Any]]](), list[dict[str, Any]](), 0
@@ -325,7 +267,7 @@ class S3Objects(Objects):
                 size += len(part)
                 if len(running) == PARTS_IN_FLIGHT:
                     sent.append(running.popleft().result())
-                running.append(self._open().pool.submit(send, number, part))
+                running.append(self._client.pool.submit(send, number, part))
             sent += [future.result() for future in running]
             self._complete(name, upload, sent, size)
         except BaseException:
@@ -339,95 +281,29 @@ class S3Objects(Objects):
     def _complete(self, name: str, upload: str, sent: list[dict[str, Any]], size: int) -> None:
         values = {"Key": self._key(name), "UploadId": upload, "MultipartUpload": {"Parts": sent}}
         try:
-            self._call("complete_multipart_upload", name, (_ABSENT,), **values)
+            self._client.call("complete_multipart_upload", name, (_ABSENT,), **values)
         except ClientError:
             with suppress(MissingObject):
                 if self._size(name) == size:  # it was completed, and that answer lost
                     return
-            raise self._failed(name, "its upload was taken away before it was complete") from None
+            raise self._client.failed(name, "its upload was taken away before it was complete") from None
 
     def _abort(self, name: str, upload: str) -> None:
         with suppress(ClientError):
-            self._call("abort_multipart_upload", name, (_ABSENT,), Key=self._prefix + name, UploadId=upload)
+            self._client.call("abort_multipart_upload", name, (_ABSENT,), Key=self._prefix + name, UploadId=upload)
 
     def _delete(self, name: str, **version: str) -> None:
         with suppress(ClientError):
-            self._call("delete_object", name, (_ABSENT,), Key=self._key(name), **version)
+            self._client.call("delete_object", name, (_ABSENT,), Key=self._key(name), **version)
 
     def _versions(self, name: str) -> list[str]:
         """Up to 1,000 versions and delete markers of an object."""
         key = self._key(name)
-        page = self._call("list_object_versions", name, Prefix=key)
+        page = self._client.call("list_object_versions", name, Prefix=key)
         return [each["VersionId"] for each in (*page.get("Versions", ()), *page.get("DeleteMarkers", ())) if each["Key"] == key]
 
     def _key(self, name: str) -> str:
         return self._prefix + checked_name(name)
-
-    def _open(self, instead_of: Any = None) -> _Connection:
-        """This process' connection; a new one, with credentials read anew, `instead_of` a client."""
-        here = self._connection
-        if here.process != os.getpid():
-            here = self._connection = self._connect()
-        elif here.client is instead_of:
-            here = self._connection = replace(here, client=self._connect().client)
-        return here
-
-    def _connect(self) -> _Connection:
-        session = Session()
-        session.register_component("data_loader", _loader)  # which keeps what it has read: a tenth of a second
-        config = Config(
-            connect_timeout=min(10, self._settings.timeout_s),
-            read_timeout=self._settings.timeout_s,
-            retries={"mode": "standard", "total_max_attempts": 1},
-            max_pool_connections=4 * self._settings.connections,
-            tcp_keepalive=True,
-            request_checksum_calculation="when_required",
-            response_checksum_validation="when_required",
-        )
-        pool = ThreadPoolExecutor(self._settings.connections, "s3")
-        try:
-            return _Connection(os.getpid(), session.create_client("s3", config=config), pool)
-        except BotoCoreError as error:
-            raise StorageError(f"{self.url}: {error}") from None
-        except ValueError:
-            raise ValueError(f"{self.url}: AWS_ENDPOINT_URL is not a URL such as https://s3.example.org:9000") from None
-
-    def _call(self, operation: str, name: str, answers: Sequence[int] = (), **values: Any) -> Any:
-        return self._ask(name, lambda s3: getattr(s3, operation)(Bucket=self._bucket, **values), answers)
-
-    def _ask(self, name: str, request: Callable[[Any], Answer], answers: Sequence[int] = ()) -> Answer:
-        """The answer to a request, asked until there is one; `ClientError` where its status is one of `answers`."""
-        settings, expired, cause = self._settings, None, ""
-        for attempt in range(settings.attempts):
-            if attempt:
-                log.info("%s of %s: %s; asking again", name, self.url, cause)
-                time.sleep(random.uniform(0, min(settings.longest_pause_s, settings.first_pause_s * 2 ** (attempt - 1))))
-            try:
-                client = self._open(instead_of=expired).client
-                return request(client)
-            except ClientError as error:
-                status, code = _status(error), error.response["Error"].get("Code", "")
-                message = error.response["Error"].get("Message") or "no message"
-                cause = f"{status} {code}: {message[:300]}"
-                if status in answers and code != "NoSuchBucket":
-                    raise
-                if code in _EXPIRED:
-                    if expired is not None:
-                        raise self._failed(name, f"the credentials have expired ({cause}): renew them and try again") from None
-                    expired = client
-                elif not _is_transient(status, code):
-                    raise self._failed(name, cause) from None
-            except _CUT as error:
-                cause = type(error).__name__
-            except _NO_CREDENTIALS as error:
-                hint = "set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or run under an instance role"
-                raise self._failed(name, f"no credentials ({type(error).__name__}): {hint}") from None
-            except BotoCoreError as error:
-                raise self._failed(name, f"{type(error).__name__}: {str(error)[:300]}") from None
-        raise self._failed(name, f"{cause} ({settings.attempts} attempts)")
-
-    def _failed(self, name: str, cause: str) -> StorageError:
-        return StorageError(f"{name} of {self.url}: {cause}")
 
 
 def _parts(chunks: Iterable[bytes], part_bytes: int) -> Iterator[bytes]:
@@ -448,11 +324,3 @@ def _parts(chunks: Iterable[bytes], part_bytes: int) -> Iterator[bytes]:
 
 def _md5(data: bytes) -> str:
     return b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
-
-
-def _status(error: ClientError) -> int:
-    return int(error.response["ResponseMetadata"]["HTTPStatusCode"])
-
-
-def _is_transient(status: int, code: str) -> bool:
-    return (status >= 500 and status != _NOT_IMPLEMENTED) or status in _TRANSIENT_STATUS or code in _TRANSIENT_CODES

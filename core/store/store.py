@@ -22,11 +22,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import pyarrow as pa
-from torch import Tensor
 
-from core.adapters.codec import decode
 from core.adapters.spec import AdapterSpec
 from core.store.commits import Commits
 from core.store.demand import DemandCounter, read_demand
@@ -42,6 +41,16 @@ from core.store.roots import Root
 from core.store.shards import SHARD_BYTES, read_blobs, remove_shards, write_blobs
 from core.store.versions import Versions
 from core.text.documents import Document
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class DocumentPage(NamedTuple):
+    """Documents, each with its adapters as of `Store.find_adapters`, and the token that continues the listing (None: its end)."""
+
+    documents: list[tuple[DocumentRow, list[AdapterRow]]]
+    next_token: str | None
 
 
 class Store:
@@ -123,22 +132,31 @@ class Store:
         """A page of a tenant's live documents, as `Index.list_documents` orders and continues it."""
         return self._versions.ask(lambda index: index.list_documents(tenant, collection, prefix, page_token, limit))
 
+    def pages(
+        self,
+        tenant: str,
+        collection: str | None = None,
+        prefix: str = "",
+        page_token: str | None = None,
+        limit: int = 100,
+    ) -> Iterator[DocumentPage]:
+        """Pages of a tenant's live documents with their adapters, from a token on, to the end.
+
+        A page is read when it is asked for; where this object's version changes on the way, later pages are of the new one.
+        Raises `ValueError` as `list_documents` does.
+        """
+        while True:
+            rows, page_token = self.list_documents(tenant, collection, prefix, page_token, limit)
+            adapters = self.find_adapters_of([(row.tenant, row.content_hash) for row in rows])
+            yield DocumentPage([(row, adapters.get((row.tenant, row.content_hash), [])) for row in rows], page_token)
+            if page_token is None:
+                return
+
     def each_document(
         self, tenant: str, collection: str | None = None, prefix: str = ""
     ) -> Iterator[tuple[DocumentRow, list[AdapterRow]]]:
-        """A tenant's live documents in the order of `list_documents`, each with its adapters as of `find_adapters`.
-
-        Goes and holds `MAX_PAGE` documents at a time; where this object's version changes on the way, later pages are of the new
-        one. Raises `ValueError` as `list_documents` does.
-        """
-        token: str | None = None
-        while True:
-            page = self.list_documents(tenant, collection, prefix, token, MAX_PAGE)
-            adapters = self.find_adapters_of([(row.tenant, row.content_hash) for row in page.rows])
-            yield from ((row, adapters.get((row.tenant, row.content_hash), [])) for row in page.rows)
-            token = page.next_token
-            if token is None:
-                return
+        """The documents of `pages`, one by one; holds `MAX_PAGE` of them."""
+        return chain.from_iterable(page.documents for page in self.pages(tenant, collection, prefix, limit=MAX_PAGE))
 
     def tables(self, kind: PartKind, tenant: str | None = None) -> Iterator[pa.Table]:
         """All live rows of a kind, some at a time, as `Index.tables`. `MissingObject` if parts are collected on the way."""
@@ -148,8 +166,10 @@ class Store:
         """A document's text, checked; errors as of `get_bytes`."""
         return self.get_bytes(row).decode()
 
-    def get_vector(self, row: AdapterRow) -> Tensor:
+    def get_vector(self, row: AdapterRow) -> "Tensor":
         """An adapter's flat_N, fp32, checked; errors as of `get_bytes`, and `StoreError` where the bytes do not fit its spec."""
+        from core.adapters.codec import decode  # brings torch, which whoever only lists need not wait for
+
         data = self.get_bytes(row)
         try:
             return decode(data, self.spec(row.spec_fingerprint), row.encoding)

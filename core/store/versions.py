@@ -67,13 +67,18 @@ class Versions:
             return True
 
     def ask(self, question: Callable[[Index], AnswerT]) -> AnswerT:
-        """The answer from the present version; from the newest one where a part of it has been collected meanwhile."""
-        try:
-            return question(self._index)
-        except MissingObject:
-            if not self.refresh():
-                raise
-            return question(self._index)
+        """The answer from the present version; from the newest one where a part of it has been collected meanwhile.
+
+        Raises `MissingObject` only for a part of the newest version, whichever thread went to it.
+        """
+        while True:
+            index = self._index
+            try:
+                return question(index)
+            except MissingObject:
+                self.refresh()
+                if self._index is index:
+                    raise
 
     def commit(self, change: Callable[[Index], Root | None], began_s: float | None = None) -> Root | None:
         """Makes the version that `change` gives (by `Root.next`); None where it gives None, for there is nothing left to do.

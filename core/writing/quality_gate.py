@@ -17,7 +17,6 @@ hypernetwork's own cost, which is the base's over document and memory and the M2
 """
 
 import logging
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, NamedTuple
@@ -35,6 +34,7 @@ from core.text.prompts import Instructions, prompt
 from core.training.examples import IGNORED, Example, collate
 from core.training.fitting_batches import FittingBatches
 from core.training.objectives import row_losses
+from core.writing.gain import gain
 
 log = logging.getLogger(__name__)
 
@@ -164,17 +164,6 @@ class QualityGate:
 def sampled(content_hash: str, share: float) -> bool:
     """Whether a document belongs to a share of all: larger shares hold the smaller ones."""
     return int(content_hash[:16], 16) < share * 16**16
-
-
-def gain(matched_loss: float | None, shuffled_loss: float | None, base_loss: float | None) -> float | None:
-    """Nats a token that an adapter saves, against the better of another's adapter (where there was one) and none.
-
-    None where it was not measured; NaN, which is below every threshold, where a loss of its own is not finite.
-    """
-    if matched_loss is None:
-        return None
-    beside = [loss for loss in (shuffled_loss, base_loss) if loss is not None and math.isfinite(loss)]
-    return min(beside) - matched_loss if beside and math.isfinite(matched_loss) else math.nan
 
 
 def _other(adapters: Sequence[NewAdapter], place: int) -> int | None:

@@ -27,7 +27,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from core.adapters.base_model import BaseModel, tokenizer_of
 from core.adapters.codec import decode
 from core.adapters.gated_memory import weights_of
-from core.adapters.spec import AdapterWeights
+from core.adapters.weights import AdapterWeights
 from core.config import RunSection
 from core.engine.token_loop import Request, generate
 from core.store.answering import IN_CONTEXT

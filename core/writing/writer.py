@@ -14,10 +14,12 @@ import torch
 from pydantic import Field, PositiveInt
 from transformers import PreTrainedTokenizerBase
 
-from core.adapters.codec import Encoding, decode
+from core.adapters.codec import decode
 from core.adapters.gated_memory import weights_of
+from core.adapters.layout import Encoding
 from core.adapters.lora import Composition
-from core.adapters.spec import AdapterSpec, AdapterWeights
+from core.adapters.spec import AdapterSpec
+from core.adapters.weights import AdapterWeights
 from core.config import Section
 from core.store.manifest import AdapterRow, NewAdapter, Producer
 from core.text.documents import Document, Window, windows, windows_at_borders

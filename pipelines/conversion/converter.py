@@ -35,7 +35,7 @@ from core.store.manifest import AdapterRow, DocumentRow, Key, NewAdapter
 from core.store.store import Store
 from core.text.documents import Document
 from core.text.tokens import Tokens, read
-from core.writing.quality_gate import gain
+from core.writing.gain import gain
 from core.writing.writer import AdapterWriter, Outcome, Rejected, Standing, Written
 from pipelines.conversion.known_contents import KnownContents
 from pipelines.conversion.near_duplicates import sketch

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
-from core.adapters.codec import Encoding
+from core.adapters.layout import Encoding
 from core.store.errors import StoreError
 from core.store.store import Store
 

@@ -5,16 +5,15 @@ Bytes are decimal (a TB is 10^12), money is in the plan's currency. Knows no ari
 
 from collections.abc import Iterable
 
-from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from core.adapters.codec import ENCODINGS, Encoding
+from core.adapters.layout import ENCODINGS, Encoding
 from core.adapters.spec import SITES
 from core.planning.convert import PART_BYTES, ConvertPlan, WorkerMemory
+from pipelines.terminal import amount, counted, framed, size
 
-_UNITS = ("bytes", "kB", "MB", "GB", "TB", "PB", "EB")
 _Row = tuple[str, str, str]
 
 
@@ -114,27 +113,9 @@ def _alternatives(plan: ConvertPlan) -> Table:
     return table
 
 
-def framed(title: str) -> Table:
-    return Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-
-
 def sites(names: tuple[str, ...]) -> str:
     """The sites by name, or that it is all of them."""
     return "every linear" if set(names) == set(SITES) else " ".join(names)
-
-
-def size(count: float) -> str:
-    """Bytes with three digits: 43.6 MB, 87.3 TB."""
-    for unit in _UNITS:
-        if count < 999.5 or unit == _UNITS[-1]:
-            return f"{count:.3g} {unit}" if unit != "bytes" else f"{count:.0f} bytes"
-        count /= 1000
-    raise AssertionError
-
-
-def amount(value: float) -> str:
-    """A number with three digits at least: 0.0123, 4.02, 1,235."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def money(value: float) -> str:
@@ -148,10 +129,6 @@ def duration(seconds: float) -> str:
         if seconds < most * length:
             return f"{seconds / length:.3g} {unit}"
     return f"{amount(seconds / 86400)} days"
-
-
-def counted(number: int, what: str) -> str:
-    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
 
 
 def questions(value: float | None) -> str:

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from core.adapters.codec import Encoding
+from core.adapters.layout import Encoding
 from core.config import RunSection, Section, load
 from core.lift.writer import LiftRecipe
 from core.questions.chat_endpoint import api_key

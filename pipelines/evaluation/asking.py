@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from core.adapters.base_model import BaseModel, tokenizer_of
 from core.adapters.lora import LoraWeights, stack
-from core.adapters.spec import AdapterWeights
+from core.adapters.weights import AdapterWeights
 from core.config import RunSection
 from core.engine.token_loop import Request, generate
 from core.shine.hypernetwork import Hypernetwork

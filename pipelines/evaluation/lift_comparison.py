@@ -14,7 +14,7 @@ from pydantic import PositiveInt
 
 from core.adapters.base_model import BaseModel, tokenizer_of
 from core.adapters.gated_memory import GatedMemory
-from core.adapters.spec import AdapterWeights
+from core.adapters.weights import AdapterWeights
 from core.config import Section
 from core.lift.forms import DEFAULT_RANK, form_of
 from core.lift.settings import PRESETS, V3, V4, LiftRun, LiftSettings

@@ -28,7 +28,7 @@ from pydantic import Field, PositiveInt
 from core.adapters.base_model import BaseModel, tokenizer_of
 from core.adapters.gated_memory import GatedMemory, gate_means, recording_gates
 from core.adapters.lora import stack
-from core.adapters.spec import AdapterWeights
+from core.adapters.weights import AdapterWeights
 from core.config import Section, digest, fingerprint
 from core.lift.full_finetuning import full_finetune
 from core.lift.settings import LiftSettings

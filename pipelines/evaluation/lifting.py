@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from core.adapters.base_model import BaseModel
 from core.adapters.lora import LoraWeights, composed
-from core.adapters.spec import AdapterWeights
+from core.adapters.weights import AdapterWeights
 from core.lift.course import FixedQuestions
 from core.lift.settings import LiftRun, LiftSettings
 from core.lift.trainer import Job, Lift, train

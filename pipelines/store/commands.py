@@ -1,18 +1,12 @@
 """`imprint store`: a store's contents and its upkeep. Thin: one function a command; what it shows is `pipelines.store.tables`."""
 
 import json
-import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from pipelines.terminal import console, say, told
-
-if TYPE_CHECKING:
-    from core.store.index import Index
-    from core.store.objects import Objects
-    from core.store.versions import Versions
 
 store_app = typer.Typer(
     no_args_is_help=True,
@@ -50,12 +44,12 @@ def list_documents(
 
     with told():
         opened = Store.open(store)
-        found = opened.list_documents(tenant, collection, prefix, page, limit)
+        found = next(opened.pages(tenant, collection, prefix, page, limit))
         if as_json:
-            console.print_json(json.dumps(page_json(opened, found)))
+            console.print_json(json.dumps(page_json(opened.sequence, found)))
             return
-        if found.rows:
-            console.print(page_table(opened, found))
+        if found.documents:
+            console.print(page_table(found))
         else:
             others = ", ".join(repr(each) for each in opened.tenants()[:10]) or "none at all"
             say([f"no such documents of tenant {tenant!r}; tenants here: {others}"])
@@ -103,17 +97,17 @@ def show_stats(
     Example: `imprint store stats runs/store`
     """
     from core.store.store import Store
-    from pipelines.store.tables import stats, stats_table, tenants_table
+    from core.store.upkeep.keeper import Upkeep
+    from pipelines.store.tables import stats_json, stats_table, tenants_table
 
     with told():
-        opened = Store.open(store)
-        figures = stats(store)
+        holds = Upkeep(store).holdings()
         if as_json:
-            console.print_json(json.dumps(figures))
+            console.print_json(json.dumps(stats_json(holds)))
             return
-        console.print(stats_table(figures))
+        console.print(stats_table(holds))
         if tenants:
-            console.print(tenants_table(opened))
+            console.print(tenants_table(Store.open(store)))
 
 
 @store_app.command("verify")
@@ -127,14 +121,13 @@ def verify_store(
     """
     from rich.progress import Progress
 
-    from core.store.opening import open_objects
-    from core.store.upkeep.verification import verify
+    from core.store.upkeep.keeper import Upkeep
     from pipelines.store.tables import verified_lines
 
     with told():
         with Progress(console=console, transient=True) as progress:
             task = progress.add_task("reading", total=None)
-            found = verify(open_objects(store), threads, lambda done, total: progress.update(task, completed=done, total=total))
+            found = Upkeep(store).verify(threads, lambda done, total: progress.update(task, completed=done, total=total))
         say(verified_lines(found))
     if found.faults:
         raise typer.Exit(1)
@@ -152,11 +145,11 @@ def show_differences(
     """
     from collections import Counter
 
-    from core.store.upkeep.comparison import differences
+    from core.store.upkeep.keeper import compare
 
     with told():
         count = Counter[str]()
-        for each in differences(_index(before), _index(after)):
+        for each in compare(before, after):
             count[f"{each.kind} {each.change}"] += 1
             if as_json:
                 say([json.dumps(each._asdict(), ensure_ascii=False)])
@@ -172,11 +165,11 @@ def compact_store(store: StoreUrl) -> None:
 
     Example: `imprint store compact runs/store`
     """
-    from core.store.upkeep.compaction import compact
+    from core.store.upkeep.keeper import Upkeep
     from pipelines.store.tables import compacted_lines
 
     with told(), console.status("compacting"):
-        done = compact(*_opened(store))
+        done = Upkeep(store).compact()
     say(compacted_lines(done))
 
 
@@ -189,11 +182,11 @@ def collect_garbage(store: StoreUrl, grace_hours: GraceHours = 24, dry_run: DryR
 
     Example: `imprint store gc runs/store --dry-run`
     """
-    from core.store.upkeep.collection import collect
+    from core.store.upkeep.keeper import Upkeep
     from pipelines.store.tables import collected_lines
 
     with told():
-        done = collect(*_opened(store), grace_s=3600 * grace_hours, dry_run=dry_run)
+        done = Upkeep(store).collect(grace_s=3600 * grace_hours, dry_run=dry_run)
     say(collected_lines(done, dry_run, grace_hours))
 
 
@@ -219,25 +212,23 @@ def erase_documents(
 
     Example: `imprint store rm runs/store old.txt --now`
     """
-    from core.store.upkeep.erasure import Target, erase, matching
+    from core.store.upkeep.keeper import Upkeep
     from pipelines.store.tables import erased_lines
 
     with told():
         if everything == bool(document or collection or prefix):
             raise ValueError("give a document's name, --prefix, --collection, or --all for everything of the tenant")
         in_collection = "default" if document is not None and collection is None else collection
-        target = Target(tenant, in_collection, document, prefix)
-        objects, versions = _opened(store)
-        count = matching(versions.index, target)
+        target = (tenant, in_collection, document, prefix)
+        upkeep = Upkeep(store)
+        count = upkeep.matching(*target)
         if dry_run:
             say([f"would erase {count:,} documents"])
             return
         if not yes and count > 1:
             typer.confirm(f"Erase {count:,} documents for good?", abort=True)
         with console.status("erasing") as status:
-            done = erase(
-                objects, versions, target, now, 3600 * grace_hours, progress=lambda step: status.update(f"erasing: {step}")
-            )
+            done = upkeep.erase(*target, now, 3600 * grace_hours, lambda step: status.update(f"erasing: {step}"))
     say(erased_lines(done, grace_hours))
 
 
@@ -261,29 +252,3 @@ def export_documents(
     with told(), console.status("exporting"):
         adapters, skipped = export_many(store, tenant, collection, prefix, base, out)
     say([f"written: {adapters:,} adapters to {out}; {skipped:,} documents have no LoRA"])
-
-
-def _opened(url: str) -> "tuple[Objects, Versions]":
-    """A store's objects and its newest version. Raises `ValueError` where there is none."""
-    from core.store.opening import open_objects
-    from core.store.part_reader import CACHE_BYTES
-    from core.store.store import Store
-    from core.store.versions import Versions
-
-    Store.open(url)
-    objects = open_objects(url)
-    versions = Versions(objects, CACHE_BYTES)
-    versions.refresh()
-    return objects, versions
-
-
-def _index(url: str) -> "Index":
-    """The newest version of a store, or the one that `@number` names."""
-    from core.store.index import Index
-
-    match = re.fullmatch(r"(.+)@(\d{1,19})", url)
-    objects_and_versions = _opened(match[1] if match else url)
-    versions = objects_and_versions[1]
-    if match is None:
-        return versions.index
-    return Index(versions.roots.read(int(match[2])), versions.reader)

@@ -15,34 +15,23 @@ from rich.text import Text
 
 from core.store.answering import choose, why_withheld
 from core.store.answering import newest as latest
-from core.store.index import Page
 from core.store.manifest import AdapterRow, DocumentRow
-from core.store.opening import open_objects
-from core.store.part_reader import CACHE_BYTES
-from core.store.shards import FOLDER as SHARDS
-from core.store.store import Store
-from core.store.upkeep.collection import MANIFEST, Collected, orphans
-from core.store.upkeep.compaction import Compacted
-from core.store.upkeep.erasure import Erased
-from core.store.upkeep.moving import Rewriter
-from core.store.upkeep.verification import Verified
-from core.store.versions import Versions
-from core.writing.quality_gate import gain
-from pipelines.conversion.plan_tables import counted, framed, size
+from core.store.store import DocumentPage, Store
+from core.store.upkeep.results import Collected, Compacted, Erased, Holdings, Verified
+from core.writing.gain import gain
+from pipelines.terminal import counted, framed, size
 
 _SHOWN = 20
 
 
-def page_table(store: Store, page: Page) -> RenderableType:
+def page_table(page: DocumentPage) -> RenderableType:
     """A page of documents, with what their newest adapter is."""
     table = framed("")
     for name in ("collection", "document"):
         table.add_column(name, overflow="ellipsis", no_wrap=True)
     for name, width in (("text", 8), ("adapters", 8), ("newest", 11), ("quality", 7), ("since", 10)):
         table.add_column(name, justify="right", no_wrap=True, min_width=width)
-    adapters = store.find_adapters_of([(row.tenant, row.content_hash) for row in page.rows])
-    for row in page.rows:
-        own = adapters.get((row.tenant, row.content_hash), [])
+    for row, own in page.documents:
         newest = latest(own) if own else None
         figures = ("", "") if newest is None else (_form(newest), _figure(newest.quality))
         names = Text(row.collection), Text(row.name)
@@ -50,13 +39,9 @@ def page_table(store: Store, page: Page) -> RenderableType:
     return table
 
 
-def page_json(store: Store, page: Page) -> dict[str, Any]:
-    adapters = store.find_adapters_of([(row.tenant, row.content_hash) for row in page.rows])
-    documents = [
-        _plain(row) | {"adapters": [each.adapter_id for each in adapters.get((row.tenant, row.content_hash), [])]}
-        for row in page.rows
-    ]
-    return {"version": store.sequence, "documents": documents, "next_page": page.next_token}
+def page_json(version: int, page: DocumentPage) -> dict[str, Any]:
+    documents = [_plain(row) | {"adapters": [each.adapter_id for each in adapters]} for row, adapters in page.documents]
+    return {"version": version, "documents": documents, "next_page": page.next_token}
 
 
 def document_tables(store: Store, row: DocumentRow) -> RenderableType:
@@ -132,46 +117,25 @@ def document_json(store: Store, row: DocumentRow) -> dict[str, Any]:
     return _plain(row) | {"adapters": [_plain(each) for each in adapters], "producers": made}
 
 
-def stats(url: str) -> dict[str, Any]:
-    """The figures of a store: what is live, what lies on disk, and what of that no version names."""
-    objects = open_objects(url)
-    versions = Versions(objects, CACHE_BYTES)
-    versions.refresh()
-    root, totals = versions.index.root, versions.index.root.totals
-    named = Rewriter(objects, versions).named(root.parts)
-    shards = {each.name: each.size for each in objects.listing(SHARDS)}
-    left = orphans(objects, versions)
-    return {
-        "version": root.sequence,
-        "written": root.created.isoformat(),
-        **totals.model_dump(),
-        "parts": len(root.parts),
-        "part_bytes": sum(part.bytes for part in root.parts),
-        "part_rows": sum(part.rows for part in root.parts),
-        "shards": len(named),
-        "shard_bytes": sum(shards.get(shard, 0) for shard in named),
-        "stored_bytes": sum(shards.values()) + sum(each.size for each in objects.listing(MANIFEST)),
-        "orphans": len(left),
-        "orphan_bytes": sum(each.size for _, each in left),
-        "producers": len(root.producers),
-        "specs": len(root.specs),
-    }
+def stats_json(holds: Holdings) -> dict[str, Any]:
+    return holds._asdict() | {"written": holds.written.isoformat()}
 
 
-def stats_table(figures: dict[str, Any]) -> RenderableType:
+def stats_table(holds: Holdings) -> RenderableType:
     table = framed("")
     table.show_header = False
-    live = figures["text_bytes"] + figures["adapter_bytes"]
-    share = f"{live / figures['shard_bytes']:.0%} of them live" if figures["shard_bytes"] else "empty"
-    rows, alive = figures["part_rows"], figures["documents"] + figures["adapters"]
+    live = holds.text_bytes + holds.adapter_bytes
+    share = f"{live / holds.shard_bytes:.0%} of them live" if holds.shard_bytes else "empty"
+    makers = f"{counted(holds.producers, 'producer')}, {counted(holds.specs, 'spec')}"
+    rows, alive = counted(holds.part_rows, "row"), holds.documents + holds.adapters
     for name, value, note in (
-        ("version", f"{figures['version']:,}", f"written {datetime.fromisoformat(figures['written']):%Y-%m-%d %H:%M:%S}"),
-        ("documents", f"{figures['documents']:,}", f"{size(figures['text_bytes'])} of text"),
-        ("adapters", f"{figures['adapters']:,}", f"{size(figures['adapter_bytes'])}, {_makers(figures)}"),
-        ("parts", f"{figures['parts']:,}", f"{size(figures['part_bytes'])}, {counted(rows, 'row')}, {alive:,} of them live"),
-        ("shards", f"{figures['shards']:,}", f"{size(figures['shard_bytes'])}, {share}"),
-        ("orphans", f"{figures['orphans']:,}", f"{size(figures['orphan_bytes'])} that no version names"),
-        ("on disk", size(figures["stored_bytes"]), "older versions and orphans included"),
+        ("version", f"{holds.version:,}", f"written {holds.written:%Y-%m-%d %H:%M:%S}"),
+        ("documents", f"{holds.documents:,}", f"{size(holds.text_bytes)} of text"),
+        ("adapters", f"{holds.adapters:,}", f"{size(holds.adapter_bytes)}, {makers}"),
+        ("parts", f"{holds.parts:,}", f"{size(holds.part_bytes)}, {rows}, {alive:,} of them live"),
+        ("shards", f"{holds.shards:,}", f"{size(holds.shard_bytes)}, {share}"),
+        ("orphans", f"{holds.orphans:,}", f"{size(holds.orphan_bytes)} that no version names"),
+        ("on disk", size(holds.stored_bytes), "older versions and orphans included"),
     ):
         table.add_row(Text(name, "dim"), Text(value, justify="right"), note)
     return table
@@ -257,10 +221,6 @@ def erased_lines(done: Erased, grace_hours: float) -> list[str]:
                 f"`imprint store gc` takes what is left of that after {grace_hours:g} h"
             )
     return lines
-
-
-def _makers(figures: dict[str, Any]) -> str:
-    return f"{counted(figures['producers'], 'producer')}, {counted(figures['specs'], 'spec')}"
 
 
 def _form(adapter: AdapterRow) -> str:

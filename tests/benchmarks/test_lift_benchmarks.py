@@ -18,7 +18,7 @@ from benchmarks.lift import questions as lift_questions
 from benchmarks.lift.compression import as_stored, large_spec
 from benchmarks.lift.cost import crossings
 from benchmarks.lift.quality import Point, compare_steps, first_step, reading_at
-from core.adapters.codec import encoded_bytes
+from core.adapters.layout import encoded_bytes
 from core.adapters.lora import LoraWeights
 from core.text.prompts import encode
 from pipelines.evaluation.long_documents import long_documents

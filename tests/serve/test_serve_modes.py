@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 
 import imprint
 from core.adapters.gated_memory import weights_of
-from core.adapters.spec import SITES, AdapterWeights
+from core.adapters.spec import SITES
+from core.adapters.weights import AdapterWeights
 from core.engine.token_loop import Request, generate
 from core.lift.writer import LiftRecipe, LiftWriter
 from core.store.store import Store

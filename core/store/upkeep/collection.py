@@ -27,27 +27,13 @@ from core.store.roots import FOLDER as ROOTS
 from core.store.roots import Part, Root, Roots, root_name
 from core.store.shards import FOLDER as SHARDS
 from core.store.upkeep.moving import Rewriter
+from core.store.upkeep.results import Collected
 from core.store.versions import MIN_GRACE_S, Versions
 
 GRACE_S = 86_400
 MANIFEST = "manifest"
 FOLDERS = (SHARDS, MANIFEST, ROOTS, DEMAND)
 _THREADS = 8
-
-
-class Collected(NamedTuple):
-    """What went, by name, and its bytes; unfinished uploads, and earlier versions that a bucket had kept, by number.
-
-    young: objects that no root names and that are younger than the grace period: a writer may be about to name them.
-    """
-
-    roots: list[str]
-    parts: list[str]
-    shards: list[str]
-    bytes: int
-    unfinished: int
-    earlier: int
-    young: int
 
 
 class _Standing(NamedTuple):

@@ -8,25 +8,15 @@ Cost: the manifest is rewritten (`core.store.merging`); blobs that move are read
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 from core.store.merging import Merger
 from core.store.objects import Objects
 from core.store.shards import SHARD_BYTES
 from core.store.upkeep.moving import Rewriter, ShardUse
+from core.store.upkeep.results import Compacted
 from core.store.versions import Versions
 
 _SMALL_BYTES = SHARD_BYTES // 2
-
-
-class Compacted(NamedTuple):
-    """Parts and shards that the newest version names, before and after, and the bytes of the blobs that moved."""
-
-    parts_before: int
-    parts_after: int
-    shards_before: int
-    shards_after: int
-    moved_bytes: int
 
 
 def compact(objects: Objects, versions: Versions, moved: Callable[[int], object] = lambda blobs: None) -> Compacted:

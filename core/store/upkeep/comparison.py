@@ -5,26 +5,18 @@ adapter where its bytes have. Cost: reads each part of both once and holds a row
 """
 
 from collections.abc import Iterator
-from typing import Literal, NamedTuple
 
 import pyarrow as pa
 
 from core.store.index import Index
-from core.store.manifest import Key, PartKind
+from core.store.manifest import PartKind
 from core.store.parts import SCHEMAS
+from core.store.upkeep.results import Change
 
 _COMPARED: dict[PartKind, tuple[str, ...]] = {
     "documents": ("tenant", "collection", "name", "content_hash"),
     "adapters": ("tenant", "content_hash", "adapter_id", "blob_hash"),
 }
-
-
-class Change(NamedTuple):
-    """What became of one document or adapter."""
-
-    change: Literal["added", "removed", "changed"]
-    kind: PartKind
-    key: Key
 
 
 def differences(before: Index, after: Index) -> Iterator[Change]:

@@ -34,8 +34,9 @@ from core.store.manifest import Key
 from core.store.objects import Objects
 from core.store.parts import Rows
 from core.store.roots import Totals
-from core.store.upkeep.collection import GRACE_S, Collected, collect
+from core.store.upkeep.collection import GRACE_S, collect
 from core.store.upkeep.moving import Rewriter
+from core.store.upkeep.results import Erased
 from core.store.versions import Versions
 from core.text.documents import nfc
 
@@ -64,16 +65,6 @@ class Target(NamedTuple):
         for name, wanted in (("collection", self.collection), ("name", self.name)):
             mask = mask if wanted is None else pc.and_(mask, pc.equal(column[name], wanted))
         return mask
-
-
-class Erased(NamedTuple):
-    """What an erasure took: live documents, live adapters, shards that were emptied and the live bytes that moved."""
-
-    documents: int
-    adapters: int
-    shards: int
-    moved_bytes: int
-    collected: Collected | None
 
 
 def erase(

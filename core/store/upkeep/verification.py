@@ -16,7 +16,7 @@ from contextlib import suppress
 from itertools import pairwise
 from typing import NamedTuple
 
-from core.adapters.codec import decode, encoded_bytes
+from core.adapters.layout import encoded_bytes
 from core.adapters.spec import AdapterSpec
 from core.store.demand import read_demand
 from core.store.errors import MissingObject, StoreError
@@ -28,6 +28,7 @@ from core.store.parts import SCHEMAS, Rows, decode_footer, decode_group
 from core.store.roots import Part, Root, Roots, Totals, root_name
 from core.store.shards import ALIGNMENT_BYTES, FOLDER
 from core.store.upkeep.collection import MANIFEST, orphans
+from core.store.upkeep.results import Verified
 from core.store.versions import Versions
 from core.text.documents import content_hash
 
@@ -37,19 +38,6 @@ _PIECE_BYTES = 2**24
 _GAP_BYTES = 2**17
 
 Progress = Callable[[int, int], object]
-
-
-class Verified(NamedTuple):
-    """What was read of version `sequence`, what is wrong with it, and what no version names (killed writers leave it behind)."""
-
-    sequence: int
-    roots: int
-    parts: int
-    documents: int
-    adapters: int
-    bytes: int
-    faults: list[str]
-    orphans: list[tuple[str, Listed]]
 
 
 def verify(objects: Objects, threads: int = THREADS, progress: Progress = lambda done, total: None) -> Verified:
@@ -237,6 +225,8 @@ class _Check:
         return [fault for fault in found if fault is not None]
 
     def _blob_fault(self, row: Row, blob: bytes) -> str | None:
+        from core.adapters.codec import decode  # brings torch
+
         if blob_hash(blob) != row.blob_hash:
             return f"{FOLDER}/{row.shard} is damaged between bytes {row.offset} and {row.offset + row.length}: {_what(row)}"
         try:

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.conversion import codec_quality
-from core.adapters.codec import ENCODINGS, GROUP, Encoding, decode, encode, encoded_bytes
+from core.adapters.codec import decode, encode
+from core.adapters.layout import ENCODINGS, GROUP, Encoding, encoded_bytes
 from core.adapters.spec import ATTENTION, SITES, AdapterSpec, SiteShape
 
 FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False)

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, GraniteConfig, LlamaConfig, Pretr
 from core.adapters.base_model import BaseModel
 from core.adapters.gated_memory import GatedMemory, memory_spec
 from core.adapters.lora import LoraWeights, attach
-from core.adapters.spec import AdapterWeights
+from core.adapters.weights import AdapterWeights
 from core.engine.slot_cache import FIRST_CAPACITY
 from core.engine.token_loop import Completion, Engine, Request, Sampling, generate
 from tests.models import SHAPE, tiny_base

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 from core.adapters.base_model import BaseModel
 from core.adapters.gated_memory import GatedMemory
 from core.adapters.lora import LoraWeights, attach, compose, gram, recompress
-from core.adapters.spec import AdapterWeights
+from core.adapters.weights import AdapterWeights
 from core.config import fingerprint, load
 from core.lift.course import Curriculum, EarlyStop, FixedQuestions, GrowingQuestions, Stage
 from core.lift.examples import Reading, question_example

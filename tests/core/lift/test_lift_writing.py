@@ -14,7 +14,7 @@ from core.adapters.base_model import BaseModel
 from core.adapters.deltas import changes_anything
 from core.adapters.gated_memory import GatedMemory, initial, weights_of
 from core.adapters.lora import LoraWeights, compose, recompress
-from core.adapters.spec import AdapterWeights
+from core.adapters.weights import AdapterWeights
 from core.config import load
 from core.lift.course import FixedQuestions
 from core.lift.question_source import PROBES, AskedQuestions

@@ -33,11 +33,12 @@ from core.text.prompts import encode
 from core.text.tokens import read
 from core.writing.writer import WindowRule
 from pipelines.conversion.plan_outcomes import took, where_planned
-from pipelines.conversion.plan_tables import duration, money, plan_tables, size, taken_table
+from pipelines.conversion.plan_tables import duration, money, plan_tables, taken_table
 from pipelines.conversion.planning import PlanRecipe, load_plan_recipe, measured_rate, plan_conversion, read_plan
 from pipelines.conversion.receipts import Summary, receipt_of
 from pipelines.conversion.recipe import ConvertRecipe, ConvertRun
 from pipelines.conversion.run_files import RunFiles
+from pipelines.terminal import size
 from pipelines.world.documents import WorldSpec, generate
 from pipelines.world.reference import REFERENCE
 from pipelines.world.tokenizer import build_tokenizer

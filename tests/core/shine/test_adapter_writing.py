@@ -6,8 +6,8 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from core.adapters.base_model import BaseModel
-from core.adapters.codec import Encoding
 from core.adapters.deltas import delta_norms
+from core.adapters.layout import Encoding
 from core.adapters.lora import LoraWeights, composed, stack
 from core.shine.hypernetwork import Hypernetwork, HypernetworkSettings
 from core.shine.writer import HypernetworkWriter

@@ -16,7 +16,8 @@ import torch
 from core.store.errors import StoreError
 from core.store.objects import StorageError
 from core.store.opening import open_objects
-from core.store.s3_objects import S3Objects, S3Settings
+from core.store.s3_client import S3Settings
+from core.store.s3_objects import S3Objects
 from core.store.store import Store
 from core.store.upkeep.verification import verify
 from tests import ceph as ceph_module

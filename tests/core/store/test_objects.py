@@ -19,7 +19,8 @@ import pytest
 from core.store.errors import CorruptObject, MissingObject, StoreError
 from core.store.objects import Objects, StorageError
 from core.store.opening import open_objects
-from core.store.s3_objects import S3Objects, S3Settings
+from core.store.s3_client import S3Settings
+from core.store.s3_objects import S3Objects
 from tests import s3
 from tests.s3 import FaultProxy
 

@@ -13,7 +13,8 @@ import pytest
 
 from core.store.errors import MissingObject, StoreError
 from core.store.objects import StorageError
-from core.store.s3_objects import PARTS_IN_FLIGHT, S3Objects, S3Settings
+from core.store.s3_client import S3Settings
+from core.store.s3_objects import PARTS_IN_FLIGHT, S3Objects
 from core.store.store import Store
 from tests import s3
 from tests.s3 import Fault, FaultProxy
@@ -173,7 +174,7 @@ def test_expired_credentials(
     objects: S3Objects, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Credentials are read anew once: a profile or role may have been renewed. Then it is said what to do."""
-    caplog.set_level(logging.DEBUG, "core.store.s3_objects")
+    caplog.set_level(logging.DEBUG, "core.store.s3_client")
     objects.write("shards/a", [b"one"])
     for method, call in (("GET", lambda: objects.exists("shards/a")), ("PUT", lambda: objects.create("roots/1", b"mine"))):
         proxy.script(method, s3.EXPIRED)

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.adapters.codec import ENCODINGS, decode, encode
+from core.adapters.codec import decode, encode
+from core.adapters.layout import ENCODINGS
 from core.adapters.spec import AdapterSpec, SiteShape
 from core.store.errors import MissingObject, StoreError
 from core.store.manifest import Producer, adapter_id, blob_hash

@@ -235,6 +235,27 @@ def test_a_reader_that_meets_collected_objects_looks_again(tmp_path: Path) -> No
         Store.open(tmp_path).find_adapters("tenant", one.content_hash)
 
 
+def test_a_look_up_during_anothers_refresh_answers_from_the_newest(tmp_path: Path) -> None:
+    """A part has gone under it, and when it wants the newest version another thread has been there already."""
+    store, one = store_with_one(tmp_path)
+    versions = Store.open(tmp_path)._versions
+    rewritten(store, every_row(store))
+    asked = []
+
+    def question(index: Index) -> str | None:
+        asked.append(index.root.sequence)
+        if len(asked) == 1:
+            assert versions.refresh(), "what another thread does meanwhile"
+        row = index.find_document("tenant", "c", "name")
+        return None if row is None else row.content_hash
+
+    assert versions.ask(question) == one.content_hash and asked == [2, 3]
+    for part in tmp_path.glob("manifest/*"):
+        part.unlink()
+    with pytest.raises(MissingObject, match="manifest/"):
+        Store.open(tmp_path)._versions.ask(question)
+
+
 def test_a_put_streams_into_shards_of_a_set_size(tmp_path: Path) -> None:
     store = Store.open(tmp_path, create=True, shard_bytes=1000)
     alive: list[int] = []

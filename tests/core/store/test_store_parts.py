@@ -2,9 +2,12 @@
 
 import dataclasses
 import random
+import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -218,3 +221,51 @@ def test_scans_and_look_ups_give_the_newest_rows(
         assert reader.lookup(listed, [KeyRange(start, stop or "u")]) == {expected[name].key: expected[name] for name in wanted}
     ranges = [KeyRange.only(joined("t", "c", f"{name:02}")) for name in range(32)]
     assert reader.lookup(listed, ranges) == {row.key: row for row in expected.values()}
+
+
+class HeldObjects(CountingObjects):
+    """The first read waits until `go` is set; with `broken`, it fails then."""
+
+    def __init__(self, path: Path, broken: bool = False) -> None:
+        super().__init__(path)
+        self.begun, self.go, self._broken = threading.Event(), threading.Event(), broken
+
+    def read(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
+        data = super().read(name, offset, length)
+        if len(self.reads) > 1:
+            self.go.set()  # nobody waits for the first: let it end, so that the test can say so
+            return data
+        self.begun.set()
+        assert self.go.wait(60)
+        if self._broken:
+            raise OSError("the storage hung up")
+        return data
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_what_two_threads_miss_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: bool) -> None:
+    """Unless the one that reads it fails: then the other reads it, and only the first raises."""
+    objects = HeldObjects(tmp_path, broken)
+
+    class Promise(Future):
+        def result(self, timeout: float | None = None) -> Any:
+            objects.go.set()  # the second thread has come to wait for the first
+            return super().result(timeout)
+
+    monkeypatch.setattr("core.store.part_reader.Future", Promise)
+    rows = [document_row(f"n{number}") for number in range(3)]
+    reader, part = PartReader(objects), made(objects, rows)
+    with ThreadPoolExecutor(2) as pool:
+        ask = [KeyRange.only(joined(*rows[0].key))]
+        first = pool.submit(reader.lookup, [part], ask)
+        assert objects.begun.wait(60)
+        second = pool.submit(reader.lookup, [part], [KeyRange.only(joined(*rows[1].key))])
+        assert list(second.result(60)) == [rows[1].key]
+        if broken:
+            with pytest.raises(OSError, match="hung up"):
+                first.result(60)
+        else:
+            assert list(first.result(60)) == [rows[0].key]
+    assert len(objects.reads) == 1 + broken
+    assert list(reader.lookup([part], ask)) == [rows[0].key] and len(objects.reads) == 1 + broken, "it is in memory now"
+    assert not reader._reading

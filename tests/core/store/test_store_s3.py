@@ -6,7 +6,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from core.store.s3_objects import S3Objects, S3Settings
+from core.store.s3_client import S3Settings
+from core.store.s3_objects import S3Objects
 from core.store.store import Store
 from tests import s3
 from tests.s3 import FaultProxy

@@ -20,7 +20,8 @@ from core.text.documents import Document
 from core.text.prompts import IGNORED, encode, prompt
 from core.training.examples import Example, collate
 from core.training.objectives import row_losses
-from core.writing.quality_gate import Candidate, GateSettings, QualityGate, gain, sampled
+from core.writing.gain import gain
+from core.writing.quality_gate import Candidate, GateSettings, QualityGate, sampled
 from core.writing.writer import WindowRule, Written
 from pipelines.conversion.converter import Converter, prepare
 from pipelines.conversion.receipts import WORST, Receipt, Summary

@@ -12,7 +12,7 @@ import torch
 from core.adapters.base_model import BaseModel
 from core.adapters.gated_memory import GatedMemory, initial
 from core.adapters.lora import recompress
-from core.adapters.spec import AdapterWeights
+from core.adapters.weights import AdapterWeights
 from core.lift.course import Curriculum, Stage
 from core.lift.forms import AdapterSettings
 from core.lift.settings import LiftRun, LiftSettings, OptimiserSettings

@@ -12,7 +12,8 @@ from core.store.errors import StoreError
 from core.store.opening import open_objects
 from core.store.parts import Rows, encode_part
 from core.store.store import Store
-from core.store.upkeep.verification import Verified, verify
+from core.store.upkeep.results import Verified
+from core.store.upkeep.verification import verify
 from core.text.documents import Window
 from tests.stores import SPEC, adapter, document, flip, store_with_one, the_file
 
