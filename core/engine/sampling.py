@@ -2,9 +2,9 @@
 
 In: logits `[B, V]` and a `Chooser` for each row. Out: a `Chosen` for each row. Nothing of one row bears on another.
 
-Greedy, or a draw from the nucleus (Holtzman et al., ICLR 2020). Before either, a row's logits are changed by its `logit_bias` and
-by its penalties, as OpenAI's API defines them: for a token that was generated c times, `frequency_penalty * c`, and
-`presence_penalty` where c > 0, are taken from its logit. Log probabilities that are told are the model's own: of the logits before
+Greedy, or a draw from the nucleus (Holtzman et al., ICLR 2020). Before either, a row's logits are changed by its `logit_bias`
+and by its penalties, as OpenAI's API defines them: for a token that was generated c times, `frequency_penalty * c`, and
+`presence_penalty` where c > 0, are taken from its logit. Log probabilities that are told are the model's own, of logits before
 bias, penalties, temperature and nucleus.
 
 Cost: a maximum over the vocabulary for each row; a sort for each row that draws, a copy of all rows where one has a bias or
@@ -72,6 +72,9 @@ class Sampling:
         for token_id, _ in self.logit_bias:
             if not 0 <= token_id < vocabulary:
                 raise ValueError(f"logit_bias names token {token_id}: give 0 to {vocabulary - 1}")
+
+
+GREEDY = Sampling()
 
 
 class Chooser:

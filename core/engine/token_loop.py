@@ -23,7 +23,7 @@ from core.adapters.base_model import BaseModel
 from core.adapters.gated_memory import weights_of
 from core.adapters.lora import check_fits
 from core.adapters.spec import AdapterSpec, AdapterWeights, common_spec
-from core.engine.sampling import Chooser, Chosen, Sampling, TokenLogprob, choose, prompt_logprobs
+from core.engine.sampling import GREEDY, Chooser, Chosen, Sampling, TokenLogprob, choose, prompt_logprobs
 from core.engine.slot_cache import SlotCache
 
 FinishReason = Literal["stop", "length", "error"]
@@ -38,7 +38,7 @@ class Request:
     max_tokens: int
     adapter: AdapterWeights | None = None
     stop_ids: frozenset[int] = frozenset()
-    sampling: Sampling = Sampling()
+    sampling: Sampling = GREEDY
 
 
 @dataclass(frozen=True)

@@ -113,6 +113,7 @@ def test_an_adapter_is_checked_once_however_many_requests_name_it(monkeypatch: p
 
 
 def test_impossible_samplings_are_refused() -> None:
-    for wrong in ({"presence_penalty": 3.0}, {"frequency_penalty": float("nan")}, {"logit_bias": ((1, 101.0),)}, {"logprobs": 21}):
+    bias = {"logit_bias": ((1, 101.0),)}
+    for wrong in ({"presence_penalty": 3.0}, {"frequency_penalty": float("nan")}, bias, {"logprobs": 21}):
         with pytest.raises(ValueError, match="give"):
             Sampling(**wrong)
