@@ -92,9 +92,11 @@ class Chooser:
 
     def change(self, logits_V: Tensor) -> None:
         """Adds bias and penalties, in place."""
-        changes = Counter(dict(self.sampling.logit_bias))
+        changes = dict(self.sampling.logit_bias)
         for token_id, times in self._made.items():
-            changes[token_id] -= self.sampling.frequency_penalty * times + self.sampling.presence_penalty
+            changes[token_id] = changes.get(token_id, 0.0) - (
+                self.sampling.frequency_penalty * times + self.sampling.presence_penalty
+            )
         ids = torch.tensor(list(changes), device=logits_V.device)
         logits_V[ids] += torch.tensor(list(changes.values()), dtype=logits_V.dtype, device=logits_V.device)
 
