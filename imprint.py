@@ -279,28 +279,12 @@ def ask(
 
     Example: `imprint ask "What is the hobby of Vostilo?" --model base:vostilo.txt`
     """
-    from urllib.parse import quote
+    from serve.asking import ask_server
 
-    import httpx
-
-    name, colon, document = model.partition(":")
-    place = f"{quote(collection, safe='')}/" if collection else ""
-    body = {
-        "model": name + colon + place + quote(document, safe=""),
-        "messages": [{"role": "user", "content": question}],
-        "max_tokens": max_tokens,
-        "imprint": {"mode": mode},
-    }
     with told():
-        try:
-            response = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=120)
-        except httpx.HTTPError as error:
-            raise ValueError(f"no server answers at {url} ({error}): start one with `imprint serve STORE`") from None
-        answer = response.json()
-        if response.is_error:
-            raise ValueError(answer.get("error", {}).get("message", response.text))
-    console.print(answer["choices"][0]["message"]["content"].strip(), highlight=False, markup=False)
-    console.print(f"[dim]from: {answer['imprint']['source']}[/]", highlight=False)
+        answer = ask_server(url, question, model, collection, max_tokens, mode)
+    console.print(answer.text, highlight=False, markup=False)
+    console.print(f"[dim]from: {answer.source}[/]", highlight=False)
 
 
 @app.command()

@@ -2,12 +2,12 @@
 
     POST /v1/chat/completions, /v1/completions    whole, or streamed as server-sent events
     GET  /v1/models?after=&limit=&prefix=         the base and the documents, by pages, from one read of the manifest
-    GET  /v1/models/{id}                          one of them; the id percent-encoded once more, as in any path
+    GET  /v1/models/{id}                          one of them; the id as a listing shows it, or percent-encoded once more
     GET  /health, /ready                          the process answers; requests are taken
 
-In: HTTP. Out: HTTP; every error is OpenAI's error object. Knows nothing of Ray. What answers is said in the response's `imprint`
-(in the first chunk of a stream) and in the headers X-Imprint-Source and X-Imprint-Adapter. Texts of requests and answers are
-never logged. A client that goes away takes its request out of the engine.
+HEAD is taken wherever GET is. In: HTTP. Out: HTTP; every error is OpenAI's error object. Knows nothing of Ray. What answers is
+said in the response's `imprint` (in the first chunk of a stream) and in the headers X-Imprint-Source and X-Imprint-Adapter. Texts
+of requests and answers are never logged. A client that goes away takes its request out of the engine.
 """
 
 import asyncio
@@ -16,21 +16,28 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict
 from typing import Any, TypeVar
+from urllib.parse import unquote
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse
 from pydantic import JsonValue
 
-from serve.resolver import Resolution
-from serve.schema import ApiError, ChatRequest, CompletionRequest, Shape, read_chat, read_completion, usage
-from serve.service import RETRY_AFTER_S, Answer, Service, as_api_errors
+from serve.errors import ApiError, hidden
+from serve.failures import RETRY_AFTER_S, as_api_errors
+from serve.resolver import Resolution, UnknownModel
+from serve.schema import ChatRequest, CompletionRequest, read_chat, read_completion
+from serve.service import Answer, Service
+from serve.shapes import Shape, usage
 
 CLIENT_GONE = 499
+MODELS = "/v1/models/"
+READING = ["GET", "HEAD"]
 T = TypeVar("T")
 
 
-def create_app(service: Service, max_body_bytes: int = 2**21) -> FastAPI:
+def create_app(service: Service) -> FastAPI:
     """The application; its lifespan is the service's."""
 
     @asynccontextmanager
@@ -43,9 +50,18 @@ def create_app(service: Service, max_body_bytes: int = 2**21) -> FastAPI:
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(404, _no_such_path)
     app.add_exception_handler(405, _no_such_method)
+    app.add_exception_handler(Exception, _own_fault)
+    if service.run.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=service.run.cors_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["X-Imprint-Source", "X-Imprint-Adapter", "Retry-After"],
+        )
 
     async def generate(request: Request, read: Callable[[bytes], ChatRequest | CompletionRequest]) -> Response:
-        body = read(await _body(request, max_body_bytes))
+        body = read(await _body(request, service.run.max_body_bytes))
         response = await _unless_gone(request, _stream(service, body) if body.stream else _whole(service, body))
         return response or Response(status_code=CLIENT_GONE)
 
@@ -57,47 +73,73 @@ def create_app(service: Service, max_body_bytes: int = 2**21) -> FastAPI:
     async def completions(request: Request) -> Response:
         return await generate(request, read_completion)
 
-    @app.get("/v1/models")
+    @app.api_route("/v1/models", methods=READING)
     async def models(after: str | None = None, limit: int = 100, prefix: str = "") -> Response:
-        try:
-            page = await asyncio.to_thread(service.resolver.list_models, after, limit, prefix)
-        except ValueError as error:
-            raise ApiError(400, str(error), param="limit" if str(error).startswith("limit") else "after") from None
+        with as_api_errors():
+            async with service.access.patience():
+                page = await service.access.list_models(after, limit, prefix)
         data = [_model(service, resolution) for resolution in page.models]
         ends = {"first_id": data[0]["id"], "last_id": data[-1]["id"]} if data else {"first_id": None, "last_id": None}
         return JSONResponse({"object": "list", "data": data, "has_more": page.has_more, **ends})
 
-    @app.get("/v1/models/{model_id:path}")
-    async def model(model_id: str) -> Response:
+    @app.api_route(MODELS + "{model_id:path}", methods=READING)
+    async def model(request: Request, model_id: str) -> Response:
         with as_api_errors():
-            return JSONResponse(_model(service, await asyncio.to_thread(service.resolver.resolve, model_id)))
+            return JSONResponse(_model(service, await _found(service, _ids(request, model_id))))
 
-    @app.get("/health")
+    @app.api_route("/health", methods=READING)
     async def health() -> Response:
         return JSONResponse({"status": "ok"})
 
-    @app.get("/ready")
+    @app.api_route("/ready", methods=READING)
     async def ready() -> Response:
-        is_ready = service.engine.ready
         state = {
-            "ready": is_ready,
+            "ready": service.ready,
             "store_version": service.store.sequence,
-            "store_age_s": round(service.resolver.age_s, 3),
+            "store_age_s": round(service.access.age_s, 3),
+            "store_stale": service.access.stale,
+            "waiting_for_store": service.access.waiting,
             "engine": asdict(service.engine.stats()),
             "adapters": asdict(service.residency.counters),
         }
-        return JSONResponse(state, 200 if is_ready else 503, None if is_ready else {"Retry-After": str(RETRY_AFTER_S)})
+        if service.ready:
+            return JSONResponse(state)
+        return JSONResponse(state, 503, {"Retry-After": str(RETRY_AFTER_S)})
 
     return app
+
+
+def _ids(request: Request, decoded: str) -> list[str]:
+    """The ids that a path may speak of: as it stands there, and with one percent-encoding taken off."""
+    path = request.scope.get("raw_path", b"").decode("latin-1").partition("?")[0]
+    _, found, sent = path.partition(MODELS)
+    return [sent, unquote(sent)] if found else [decoded]
+
+
+async def _found(service: Service, ids: list[str]) -> Resolution:
+    """What answers for the first of the ids that there is."""
+    *others, last = dict.fromkeys(ids)
+    for model in others:
+        try:
+            return await _resolved(service, model)
+        except UnknownModel:
+            continue
+    return await _resolved(service, last)
+
+
+async def _resolved(service: Service, model: str) -> Resolution:
+    known = service.access.known(model)
+    if known is not None:
+        return known
+    async with service.access.patience():
+        return await service.access.resolve(model)
 
 
 async def _whole(service: Service, body: ChatRequest | CompletionRequest) -> Response:
     async with service.answer(body) as answer:
         pieces = [piece async for piece in answer.pieces]
-        text, last = "".join(piece.text for piece in pieces), pieces[-1]
-        assert last.finish_reason is not None
-        counts = usage(answer.prompt_tokens, last.tokens)
-        return JSONResponse(_shape(body, answer).whole(text, last.finish_reason, counts), headers=answer.headers)
+        counts = usage(answer.prompt_tokens, sum(piece.tokens for piece in pieces))
+        return JSONResponse(_shape(body, answer).whole(pieces, counts), headers=answer.headers)
 
 
 async def _stream(service: Service, body: ChatRequest | CompletionRequest) -> Response:
@@ -108,16 +150,16 @@ async def _stream(service: Service, body: ChatRequest | CompletionRequest) -> Re
 
 
 async def _events(body: ChatRequest | CompletionRequest, answer: Answer) -> AsyncIterator[str]:
-    shape = _shape(body, answer)
-    yield _event(shape.opening())
+    shape, made = _shape(body, answer), 0
+    for chunk in shape.opening(answer.choices):
+        yield _event(chunk)
     try:
         async for piece in answer.pieces:
-            if piece.text:
-                yield _event(shape.piece(piece.text))
-            if piece.finish_reason is not None:
-                yield _event(shape.closing(piece.finish_reason))
-                if body.stream_options.include_usage:
-                    yield _event(shape.counts(usage(answer.prompt_tokens, piece.tokens)))
+            made += piece.tokens
+            for chunk in shape.pieces(piece):
+                yield _event(chunk)
+        if body.stream_options.include_usage:
+            yield _event(shape.counts(usage(answer.prompt_tokens, made)))
     except ApiError as error:
         yield _event(error.body())
     yield "data: [DONE]\n\n"
@@ -128,7 +170,8 @@ def _event(value: dict[str, Any]) -> str:
 
 
 def _shape(body: ChatRequest | CompletionRequest, answer: Answer) -> Shape:
-    return Shape(isinstance(body, ChatRequest), answer.answer_id, body.model, answer.resolution.to_json())
+    imprint = answer.resolution.to_json()
+    return Shape(isinstance(body, ChatRequest), answer.answer_id, body.model, imprint, body.told is not None)
 
 
 class _EventStream(Response):
@@ -209,3 +252,7 @@ async def _no_such_path(request: Request, error: Exception) -> Response:
 
 async def _no_such_method(request: Request, error: Exception) -> Response:
     return await _api_error(request, ApiError(405, f"{request.url.path[:200]} does not take {request.method}"))
+
+
+async def _own_fault(request: Request, error: Exception) -> Response:
+    return await _api_error(request, hidden("the server failed", error, 500, "internal_error"))

@@ -1,11 +1,15 @@
 """The application on Ray Serve: the only place beside the router that knows it.
 
 `run` deploys one application on the Ray that the process is connected to and gives a `Server` to stop; `deployment` is for
-`serve run` and KubeRay. A replica whose engine failed reports itself unhealthy and is replaced. Cost of a start: about 10 s.
+`serve run` and KubeRay. A replica whose engine failed reports itself unhealthy and is replaced. Whatever keeps a replica from
+starting is raised by `run` in its own words, at the first try: Ray says no more than that a deployment failed, but keeps the
+words of the replica's error, in which the reason is marked. Cost of a start: about 10 s.
 """
 
+import json
 import logging
 import os
+import re
 import socket
 import threading
 from pathlib import Path
@@ -24,7 +28,9 @@ from serve.service import Service
 from serve.settings import ServeSettings
 
 APPLICATION = "imprint"
+DEPLOYMENT = "Replica"
 _SPARE_CALLS = 64
+_REASON = re.compile(r'NotStarted: (\[".*"\])')
 
 
 def load_service(settings: ServeSettings) -> Service:
@@ -33,28 +39,39 @@ def load_service(settings: ServeSettings) -> Service:
     return Service(base, Store.open(settings.store), settings)
 
 
+class NotStarted(RuntimeError):
+    """Why a replica cannot start, as a JSON list of one string: whoever reads it in Ray's report finds its end."""
+
+
 class Replica:
     """One process with a base of its own."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
-        self._settings = ServeSettings.model_validate(settings)
-        self._service = load_service(self._settings)
+        try:
+            self._service = load_service(ServeSettings.model_validate(settings))
+        except Exception as error:  # whatever it is, a person waits for it at another machine's terminal
+            reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            raise NotStarted(json.dumps([reason])) from error
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_app(self._service, self._settings.run.max_body_bytes)
+        return create_app(self._service)
 
     def check_health(self) -> None:
         if self._service.engine.failure is not None:
             raise self._service.engine.failure
 
 
-def deployment(settings: ServeSettings) -> rs.Application:
-    """The application, bound to its settings. Full queues are the service's to report, so Ray is given room beyond them."""
+def deployment(settings: ServeSettings, tries: int = 20) -> rs.Application:
+    """The application, bound to its settings. Full queues are the service's to report, so Ray is given room beyond them.
+
+    tries: of a replica to start, before Ray gives up.
+    """
     run = settings.run
     deployed = rs.deployment(
-        name="Replica",
+        name=DEPLOYMENT,
         num_replicas=run.replicas,
-        max_ongoing_requests=run.slots + run.max_queued_requests + _SPARE_CALLS,
+        max_constructor_retry_count=tries,
+        max_ongoing_requests=run.slots + run.max_queued_requests + run.max_waiting_for_store + _SPARE_CALLS,
         ray_actor_options={"num_cpus": run.cpus, "num_gpus": run.gpus},
         graceful_shutdown_timeout_s=run.drain_s + 5,
         graceful_shutdown_wait_loop_s=0.5,
@@ -86,25 +103,43 @@ class Server:
 def run(settings: ServeSettings) -> Server:
     """Starts the server on an initialised Ray and returns when it takes requests.
 
-    Raises `ValueError` where base or store cannot be used; this is checked before a process is started.
+    Raises `ValueError`, saying why, where base or store cannot be used, before a process is started as far as that can be seen.
     """
     settings = checked(settings)
     assert ray.is_initialized(), "Ray is the caller's to start"
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    logger = logging.getLogger("ray.serve")
+    logger.setLevel(logging.WARNING)
     server = Server(f"http://{settings.run.host}:{settings.run.port}")
     try:
         rs.start(http_options={"host": settings.run.host, "port": settings.run.port})
-        rs.run(deployment(settings), name=APPLICATION, route_prefix="/")
-    except BaseException:
+        rs.run(deployment(settings, tries=1), name=APPLICATION, route_prefix="/")
+    except BaseException as error:
+        reason = _why_not_started() if isinstance(error, RuntimeError) else None
         server.stop()
+        if reason is not None:
+            raise ValueError(f"the server cannot start: {reason}") from None
         raise
     return server
+
+
+def _why_not_started() -> str | None:
+    """The reason that a replica gave for not starting; None where none did."""
+    application = rs.status().applications.get(APPLICATION)
+    status = None if application is None else application.deployments.get(DEPLOYMENT)
+    if status is None or (found := _REASON.search(status.message)) is None:
+        return None
+    reason: str = json.loads(found[1])[0]
+    return reason
 
 
 def checked(settings: ServeSettings) -> ServeSettings:
     """With places that hold in every process. What can be seen without Ray and without loading the base is refused here."""
     base = str(Path(settings.base).resolve()) if Path(settings.base).exists() else settings.base
-    settings = settings.model_copy(update={"store": Store.open(settings.store).url, "base": base})
+    try:
+        store = Store.open(settings.store).url
+    except OSError as error:
+        raise ValueError(f"the store at {settings.store} cannot be read: {error}") from None
+    settings = settings.model_copy(update={"store": store, "base": base})
     try:
         AutoConfig.from_pretrained(settings.base, trust_remote_code=False)
     except OSError as error:

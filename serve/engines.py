@@ -1,14 +1,14 @@
 """The async shell over `core.engine.token_loop`: one thread steps, tokens reach the requests of one event loop.
 
-In: `Request`s. Out: their `Token`s, as they are made. Text, names and HTTP are not known here. The thread sleeps while there
-is nothing to do. Submitting and cancelling run in a thread of their own, in order, because checking a large adapter takes
-milliseconds. Cost: one wake-up of the event loop a step, whatever the number of requests.
+In: `Request`s, those of one answer together. Out: their `Token`s, as they are made. Text, names and HTTP are not known here. The
+thread sleeps while there is nothing to do. Submitting and cancelling run in a thread of their own, in order, because checking a
+large adapter takes milliseconds. Cost: one wake-up of the event loop a step, whatever the number of requests.
 """
 
 import asyncio
 import logging
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 
@@ -33,6 +33,14 @@ class Draining(RuntimeError):
     """The engine finishes what it has and takes nothing new."""
 
 
+class DeadlinePassed(RuntimeError):
+    """The answer was not at its end when its time was."""
+
+
+_Failure = EngineFailed | DeadlinePassed
+_Queue = asyncio.Queue[Token | _Failure]
+
+
 class AsyncEngine:
     """An engine for one event loop: all methods are called from it.
 
@@ -43,7 +51,7 @@ class AsyncEngine:
         self._engine = engine
         self._capacity = engine.slots + max_queued
         self._admitted = 0
-        self._streams: dict[str, asyncio.Queue[Token | EngineFailed]] = {}
+        self._streams: dict[str, _Queue] = {}
         self._failure: EngineFailed | None = None
         self._draining = False
         self._stopping = False
@@ -89,38 +97,61 @@ class AsyncEngine:
         self._fail(EngineFailed("the server has stopped"))
         self._door.shutdown()
 
-    @contextmanager
-    def admitted(self) -> Iterator[None]:
-        """A place for one request, from before its adapter is fetched until its last token.
+    @property
+    def capacity(self) -> int:
+        """Requests that may run and wait at once."""
+        return self._capacity
 
-        Raises `EngineFailed`, `Draining`, and `Overloaded` where there is no place.
-        """
+    def check_open(self, requests: int = 1) -> None:
+        """Raises `EngineFailed`, `Draining`, and `Overloaded` where there is no place for so many requests."""
         if self._failure is not None:
             raise self._failure
         if self._draining:
             raise Draining("the server is stopping")
-        if self._admitted >= self._capacity:
-            raise Overloaded(f"{self._admitted} requests run or wait, and no more may")
-        self._admitted += 1
+        if self._admitted + requests > self._capacity:
+            raise Overloaded(f"{self._admitted} requests run or wait, and {self._capacity} may")
+
+    @contextmanager
+    def admitted(self, requests: int = 1) -> Iterator[None]:
+        """Places for requests that have all that they need, until their last tokens. Raises as `check_open`."""
+        self.check_open(requests)
+        self._admitted += requests
         try:
             yield
         finally:
-            self._admitted -= 1
+            self._admitted -= requests
 
     @asynccontextmanager
-    async def submitted(self, request: Request) -> AsyncIterator[AsyncIterator[Token]]:
-        """The request's tokens, as they come; leaving early takes the request out. Raises `Refused` and `EngineFailed`."""
-        queue: asyncio.Queue[Token | EngineFailed] = asyncio.Queue()
-        self._streams[request.request_id] = queue
+    async def submitted(self, requests: Sequence[Request], deadline: float | None = None) -> AsyncIterator["Tokens"]:
+        """The requests' tokens, as they come; leaving early takes the requests out.
+
+        deadline: by the event loop's clock. Raises `Refused` and `EngineFailed`; the tokens raise `EngineFailed` and
+        `DeadlinePassed`.
+        """
+        names = [request.request_id for request in requests]
+        queue = _Queue()
+        self._streams |= dict.fromkeys(names, queue)
+        passed = DeadlinePassed("the answer took longer than a request may")
+        timer = None if deadline is None else self._loop.call_at(deadline, queue.put_nowait, passed)
+        tokens = Tokens(self, queue, names)
         try:
             if self._failure is not None:
                 raise self._failure
-            await self._loop.run_in_executor(self._door, self._submit, request)
-            yield _tokens(queue)
+            for request in requests:
+                await self._loop.run_in_executor(self._door, self._submit, request)
+            yield tokens
         finally:
-            del self._streams[request.request_id]
-            if self._failure is None:
-                self._door.submit(self._engine.cancel, request.request_id)
+            if timer is not None:
+                timer.cancel()
+            for name in names:
+                del self._streams[name]
+            for name in tokens.running:
+                self.cancel(name)
+
+    def cancel(self, request_id: str) -> None:
+        """Takes a request out of the engine, if it is there."""
+        if self._failure is None:
+            self._door.submit(self._engine.cancel, request_id)
 
     def _submit(self, request: Request) -> None:
         try:
@@ -154,15 +185,33 @@ class AsyncEngine:
 
     def _fail(self, failure: EngineFailed) -> None:
         self._failure = self._failure or failure
-        for queue in self._streams.values():
+        for queue in set(self._streams.values()):
             queue.put_nowait(self._failure)
 
 
-async def _tokens(queue: "asyncio.Queue[Token | EngineFailed]") -> AsyncIterator[Token]:
-    while True:
-        item = await queue.get()
-        if isinstance(item, EngineFailed):
-            raise item
-        yield item
-        if item.finish_reason is not None:
-            return
+class Tokens:
+    """The tokens of some requests, one after the other as they come, until each has had its last."""
+
+    def __init__(self, engine: AsyncEngine, queue: _Queue, names: Sequence[str]) -> None:
+        self.running = set(names)
+        self._engine = engine
+        self._queue = queue
+
+    def drop(self, request_id: str) -> None:
+        """Ends one of them early: no further token of it comes."""
+        self.running.discard(request_id)
+        self._engine.cancel(request_id)
+
+    def __aiter__(self) -> AsyncIterator[Token]:
+        return self
+
+    async def __anext__(self) -> Token:
+        while self.running:
+            item = await self._queue.get()
+            if not isinstance(item, Token):
+                raise item
+            if item.request_id in self.running:
+                if item.finish_reason is not None:
+                    self.running.remove(item.request_id)
+                return item
+        raise StopAsyncIteration

@@ -24,6 +24,7 @@ from core.adapters.spec import AdapterSpec
 from core.adapters.weights import AdapterWeights
 from core.store.manifest import AdapterRow
 from core.store.store import Store
+from serve.access import StoreBusy
 
 
 class AdapterUnusable(ValueError):
@@ -47,11 +48,19 @@ class ResidencyCounters:
 class Residency:
     """The adapters in memory. `get` and `counters` belong to one event loop; `close` ends the loading threads.
 
-    spec: of the engine; adapters of lower rank or fewer sites are padded to it, so all take `adapter_bytes`. Raises `ValueError`
-    for a budget that does not hold one adapter.
+    spec: of the engine; adapters of lower rank or fewer sites are padded to it, so all take `adapter_bytes`. max_loads: that run
+    or wait for a thread. Raises `ValueError` for a budget that does not hold one adapter.
     """
 
-    def __init__(self, store: Store, spec: AdapterSpec, dtype: torch.dtype, budget_bytes: int, parallel_loads: int = 4) -> None:
+    def __init__(
+        self,
+        store: Store,
+        spec: AdapterSpec,
+        dtype: torch.dtype,
+        budget_bytes: int,
+        parallel_loads: int = 4,
+        max_loads: int = 256,
+    ) -> None:
         self.adapter_bytes = spec.numel * dtype.itemsize
         if budget_bytes < self.adapter_bytes:
             raise ValueError(f"the memory for adapters is {budget_bytes} bytes and one takes {self.adapter_bytes}: give more")
@@ -60,12 +69,17 @@ class Residency:
         self._spec = spec
         self._dtype = dtype
         self._budget_bytes = budget_bytes
+        self._max_loads = max_loads
         self._resident: OrderedDict[tuple[str, str], AdapterWeights] = OrderedDict()
         self._loading: dict[tuple[str, str], asyncio.Task[AdapterWeights]] = {}
         self._pool = ThreadPoolExecutor(parallel_loads, thread_name_prefix="adapter-load")
 
+    def holds(self, row: AdapterRow) -> bool:
+        """Whether `get` gives this adapter without waiting."""
+        return (row.adapter_id, row.blob_hash) in self._resident
+
     async def get(self, row: AdapterRow) -> AdapterWeights:
-        """The adapter of that row. Raises `AdapterUnusable`, and what `Store.get_vector` raises.
+        """The adapter of that row. Raises `AdapterUnusable`, `StoreBusy`, and what `Store.get_vector` raises.
 
         A load goes on when the request that began it is cancelled: others may wait for it.
         """
@@ -76,19 +90,22 @@ class Residency:
             return self._resident[key]
         self.counters.misses += 1
         if key not in self._loading:
+            if len(self._loading) >= self._max_loads:
+                raise StoreBusy(f"{len(self._loading)} adapters are being loaded, and no more may")
             self._loading[key] = asyncio.create_task(self._load(key, row))
             self._loading[key].add_done_callback(lambda task: task.cancelled() or task.exception())
         return await asyncio.shield(self._loading[key])
 
     def close(self) -> None:
-        self._pool.shutdown(cancel_futures=True)
+        """Ends the loading threads; those that the store holds up end when it lets go."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
     async def _load(self, key: tuple[str, str], row: AdapterRow) -> AdapterWeights:
         begin = time.perf_counter()
         self.counters.loads += 1
         try:
             weights = await asyncio.get_running_loop().run_in_executor(self._pool, self._read, row)
-        except ValueError:
+        except (ValueError, OSError):
             self.counters.failed_loads += 1
             raise
         finally:

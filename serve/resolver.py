@@ -10,14 +10,11 @@ the base's fingerprint), and if the engine can run it: its kind, its sites, its 
 `core.store.answering`'s rule. One that was found unusable when it was loaded (`refuse`) is passed over from then on, so that an
 earlier one answers, or the text in context, and nobody loads it again. A document that no adapter answers for answers in context.
 
-Knows nothing of tensors and HTTP. Cost: two look-ups in the store, which may read storage (`core.store.part_reader`);
-`refresh_forever` asks the storage for a newer version every `refresh_s`, so an update is seen within that time and the time of
-the refresh itself.
+Knows nothing of tensors and HTTP, nor of event loops: `serve.access` is what requests go through. Cost: two look-ups in the
+store, which may read storage (`core.store.part_reader`).
 """
 
-import asyncio
 import logging
-import time
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -29,8 +26,7 @@ from pydantic import JsonValue
 
 from core.adapters.spec import AdapterSpec
 from core.store.answering import choose
-from core.store.errors import StoreError
-from core.store.index import continue_after
+from core.store.index import MAX_PAGE, continue_after
 from core.store.manifest import AdapterRow, DocumentRow, Producer
 from core.store.store import Store
 from core.text.documents import nfc
@@ -43,6 +39,14 @@ MOST_REFUSED = 10_000
 
 class UnknownModel(ValueError):
     """No document, and no base, of that name."""
+
+
+class BadPage(ValueError):
+    """A page of models that cannot be: `param` says what is wrong."""
+
+    def __init__(self, param: str, message: str) -> None:
+        super().__init__(message)
+        self.param = param
 
 
 class ModeImpossible(ValueError):
@@ -124,7 +128,6 @@ class Resolver:
         self.spec: AdapterSpec | None = None
         """What the engine runs; None for all that fits the base."""
         self._refused: dict[tuple[str, str], str] = {}
-        self._refreshed = time.monotonic()
         if store.producers() and not self._fitting():
             log.warning("no producer in %s made adapters for this base: its documents answer in context", store.url)
 
@@ -133,9 +136,13 @@ class Resolver:
         return self._base
 
     @property
-    def age_s(self) -> float:
-        """Seconds since the store was last asked for its newest version."""
-        return time.monotonic() - self._refreshed
+    def sequence(self) -> int:
+        """The version of the store that answers."""
+        return self._store.sequence
+
+    def refresh(self) -> None:
+        """Goes to the store's newest version; errors as of `Store.refresh`."""
+        self._store.refresh()
 
     def resolve(self, model: str) -> Resolution:
         """What answers for `model`; `UnknownModel`, saying how to list them, where there is no such document."""
@@ -150,15 +157,24 @@ class Resolver:
             )
         return self._of_documents([document], self._fitting())[0]
 
+    def resolve_many(self, models: Iterable[str]) -> dict[str, Resolution]:
+        """What answers for each of many documents' models, in two passes over the store; those that are gone are left out."""
+        places = {model: (nfc(self._tenant), *place) for model in models if (place := self._place(model)) is not None}
+        rows = self._store.find_documents(sorted(set(places.values())))
+        found = dict(zip(rows, self._of_documents(list(rows.values()), self._fitting()), strict=True))
+        return {model: found[place] for model, place in places.items() if place in found}
+
     def list_models(self, after: str | None = None, limit: int = 100, prefix: str = "") -> Listing:
         """The models behind `after` (a model's name), at most `limit` (1 to 1000), of documents whose names begin with `prefix`.
 
-        The base stands first, unless a prefix asks for documents. Raises `ValueError`, and as `resolve` does.
+        The base stands first, unless a prefix asks for documents. Raises `BadPage`, and as `resolve` does.
         """
+        if not 1 <= limit <= MAX_PAGE:
+            raise BadPage("limit", f"limit is {limit}: give 1 to {MAX_PAGE}")
         models = [Resolution(self._base, "base")] if after is None and not prefix else []
         place = None if after in (None, self._base) else self._place(after or "")
         if place is None and after not in (None, self._base):
-            raise ValueError(f"after is {(after or '')[:200]!r}: give the id of a model, as a listing shows it")
+            raise BadPage("after", f"after is {(after or '')[:200]!r}: give the id of a model, as a listing shows it")
         token = None if place is None else continue_after(*place)
         page = self._store.list_documents(self._tenant, None, prefix, token, limit)
         models += self._of_documents(page.rows, self._fitting())
@@ -177,24 +193,13 @@ class Resolver:
         """The stored text, checked; reads the storage. Errors as of `Store.get_text`."""
         return self._store.get_text(document)
 
-    async def refresh_forever(self, refresh_s: float) -> None:
-        """Follows the store until cancelled. While it cannot be read, the last version stays and `age_s` grows."""
-        while True:
-            await asyncio.sleep(refresh_s)
-            try:
-                changed = await asyncio.to_thread(self._store.refresh)
-            except (StoreError, OSError) as error:
-                log.warning("the store could not be refreshed, version %d stays: %s", self._store.sequence, error)
-                continue
-            self._refreshed = time.monotonic()
-            if changed:
-                log.info("the store is at version %d", self._store.sequence)
-
     def model_name(self, collection: str, name: str) -> str:
         """The model name of a document."""
         encoded = quote(name, safe="")
-        place = encoded if collection == self._collection else f"{quote(collection, safe='')}/{encoded}"
-        return f"{self._base}:{place}"
+        if collection != self._collection:
+            dots = encoded.strip(".") == ""  # in a URL such a segment would be taken for a step, and vanish
+            encoded = f"{quote(collection, safe='')}/{encoded.replace('.', '%2E') if dots else encoded}"
+        return f"{self._base}:{encoded}"
 
     def _place(self, model: str) -> tuple[str, str] | None:
         """(collection, document) that a model name speaks of; None where it is none."""

@@ -106,3 +106,24 @@ class AnswerText:
 def _overlap(text: str, stop: str) -> int:
     """Characters at the end of `text` that begin `stop`, all of it excluded."""
     return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)
+
+
+class TokenTexts:
+    """What single tokens say, special ones too: as they stand behind another token, so that blanks before words are kept."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._before = tokenizer.encode("a", add_special_tokens=False)[-1:]
+        self._shown = len(self._decoded([]))
+        self._texts: dict[int, str] = {}
+
+    def of(self, token_id: int) -> str:
+        """The text of a token; of a part of a character, replacement characters."""
+        if token_id not in self._texts:
+            self._texts[token_id] = self._decoded([token_id])[self._shown :]
+        return self._texts[token_id]
+
+    def _decoded(self, ids: list[int]) -> str:
+        text = self._tokenizer.decode([*self._before, *ids], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)
+        return text

@@ -9,13 +9,12 @@ Cost of S slots: keys and values of S x capacity tokens, capacity doubling as re
 once there is an adapter. A step is one pass of one token a running row, and at most one over `prefill_tokens_per_step` tokens.
 """
 
-import math
-import random
 import threading
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -25,28 +24,10 @@ from core.adapters.gated_memory import weights_of
 from core.adapters.lora import check_fits
 from core.adapters.spec import AdapterSpec, common_spec
 from core.adapters.weights import AdapterWeights
+from core.engine.sampling import GREEDY, Chooser, Chosen, Sampling, TokenLogprob, choose, prompt_logprobs
 from core.engine.slot_cache import SlotCache
 
 FinishReason = Literal["stop", "length", "error"]
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are chosen: the likeliest one at temperature 0, else a draw from the nucleus (Holtzman et al., ICLR 2020).
-
-    The nucleus is the smallest set of tokens that holds `top_p` of the probability. Equal seeds give equal draws; None is a new
-    seed.
-    """
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature is {self.temperature}: give 0 (greedy) or a positive number")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}: give more than 0 and at most 1")
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +39,7 @@ class Request:
     max_tokens: int
     adapter: AdapterWeights | None = None
     stop_ids: frozenset[int] = frozenset()
-    sampling: Sampling = Sampling()
+    sampling: Sampling = GREEDY
 
 
 @dataclass(frozen=True)
@@ -66,12 +47,15 @@ class Token:
     """One new token of a request; its last one says why it is the last.
 
     "stop": `token_id` is the stop id itself, no part of the answer. "length": `max_tokens` are made. "error": the logits were not
-    finite (an adapter whose products overflow); `token_id` is -1.
+    finite (an adapter whose products overflow); `token_id` is -1. logprob and, with the first token, prompt_logprobs (of all
+    tokens of the prompt but its first): where the request's sampling asks for them.
     """
 
     request_id: str
     token_id: int
     finish_reason: FinishReason | None = None
+    logprob: TokenLogprob | None = None
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -93,7 +77,8 @@ class _Row:
 
     request: Request
     adapter_N: Tensor | None
-    random: random.Random | None
+    chooser: Chooser
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     length: int = 0
     made: int = 0
     last_id: int = -1
@@ -148,6 +133,7 @@ class Engine:
         self._rows: list[_Row] = []
         self._reading: _Row | None = None
         self._inbox = _Inbox()
+        self._prepared_N: WeakKeyDictionary[AdapterWeights, Tensor] = WeakKeyDictionary()
         self._steps = self._prompt_tokens = self._generated_tokens = 0
 
     def submit(self, request: Request) -> None:
@@ -168,9 +154,8 @@ class Engine:
             )
         if not 0 <= min(prompt) <= max(prompt) < vocabulary:
             raise ValueError(f"request {name!r} has token ids from {min(prompt)} to {max(prompt)}: give 0 to {vocabulary - 1}")
-        sampling = request.sampling
-        draws = random.Random(sampling.seed) if sampling.temperature > 0 else None
-        row = _Row(request, self._prepared(name, request.adapter), draws)
+        request.sampling.check(vocabulary)
+        row = _Row(request, self._prepared(name, request.adapter), Chooser(request.sampling))
         with self._inbox.lock:
             if name in self._inbox.ids:
                 raise ValueError(f"request {name!r} is in the engine already: give every request an id of its own")
@@ -242,10 +227,16 @@ class Engine:
                 f"the adapter of request {name!r} has rank {adapter.spec.rank}, the engine {self.spec.rank}: recompress it, "
                 "or give the engine a larger rank"
             )
+        with self._inbox.lock:
+            known_N = self._prepared_N.get(adapter)
+        if known_N is not None:
+            return known_N
         with torch.no_grad():
             flat_N = adapter.to(dtype=self.base.dtype).padded_to(self.spec).flat_BN[0]
             if not flat_N.isfinite().all():
                 raise ValueError(f"the adapter of request {name!r} is not finite in {self.base.dtype}: make it again")
+        with self._inbox.lock:
+            self._prepared_N[adapter] = flat_N
         return flat_N
 
     def _drop_cancelled(self) -> None:
@@ -298,9 +289,11 @@ class Engine:
         padded = [[*prompt[start:end], *[prompt[-1]] * (end - len(prompt))] for prompt in prompts]
         ids_BT = torch.tensor(padded, device=self.base.device)
         hidden_BTH = self._forward(first, batch, ids_BT, self._arange[None, start:end], None)
-        for row, prompt in zip(batch, prompts, strict=True):
+        for row, prompt, hidden_TH in zip(batch, prompts, hidden_BTH, strict=True):
             row.length = min(end, len(prompt))
             self._prompt_tokens += row.length - start
+            if (told := row.request.sampling.prompt_logprobs) is not None:
+                row.prompt_logprobs += prompt_logprobs(self.base.head, hidden_TH, prompt[start + 1 : row.length + 1], told)
         if batch[0].length < len(prompts[0]):
             self._reading = batch[0]
             return []
@@ -333,20 +326,13 @@ class Engine:
             self._attached = weights_of(self.spec, self._flat_SN[:count])
         return self._attached
 
-    def _choose(self, hidden_BH: Tensor, rows: list[_Row]) -> list[int]:
-        """The next token of each row, -1 where logits are not finite."""
-        logits_BV = self.base.head(hidden_BH)
-        top_B, id_B = logits_BV.max(dim=-1)
-        drawing = [index for index, row in enumerate(rows) if row.random is not None]
-        if drawing:
-            drawn = torch.tensor(drawing, device=self.base.device)
-            id_B[drawn] = _draw(logits_BV[drawn], [rows[index] for index in drawing])
-        return torch.where(top_B.isfinite(), id_B, -1).tolist()
+    def _choose(self, hidden_BH: Tensor, rows: list[_Row]) -> list[Chosen]:
+        return choose(self.base.head(hidden_BH), [row.chooser for row in rows])
 
-    def _emit(self, first: int, ids: list[int]) -> list[Token]:
+    def _emit(self, first: int, chosen: list[Chosen]) -> list[Token]:
         """Hands each row from slot `first` its token, and frees the slots of those that end."""
         tokens, ended = [], []
-        for slot, token_id in enumerate(ids, start=first):
+        for slot, (token_id, logprob) in enumerate(chosen, start=first):
             row = self._rows[slot]
             row.last_id = token_id
             row.made += 1
@@ -359,7 +345,8 @@ class Engine:
                 reason = "length"
             if reason is not None:
                 ended.append(slot)
-            tokens.append(Token(row.request.request_id, token_id, reason))
+            of_prompt = tuple(row.prompt_logprobs) if row.made == 1 else ()
+            tokens.append(Token(row.request.request_id, token_id, reason, logprob, of_prompt))
         self._generated_tokens += sum(token.token_id >= 0 for token in tokens)
         self._remove(ended)
         return tokens
@@ -393,24 +380,6 @@ class Engine:
         self._cache.move(source, target)
         if self._flat_SN is not None:
             self._flat_SN[target] = self._flat_SN[source]
-
-
-def _draw(logits_BV: Tensor, rows: list[_Row]) -> Tensor:
-    """One token a row by inverting the distribution function of the nucleus at one uniform number of the row's own."""
-    temperature, top_p, uniform = [], [], []
-    for row in rows:
-        assert row.random is not None
-        temperature.append(row.request.sampling.temperature)
-        top_p.append(row.request.sampling.top_p)
-        uniform.append(row.random.random())
-    temperature_B1, top_p_B1, uniform_B1 = torch.tensor([temperature, top_p, uniform], device=logits_BV.device)[:, :, None]
-    logits_BV, id_BV = logits_BV.float().sort(dim=-1, descending=True, stable=True)
-    p_BV = ((logits_BV - logits_BV[:, :1]) / temperature_B1).softmax(dim=-1)
-    before_BV = p_BV.cumsum(dim=-1) - p_BV
-    p_BV = torch.where(before_BV < top_p_B1, p_BV, 0.0)
-    reached_BV = p_BV.cumsum(dim=-1)
-    index_B1 = (reached_BV <= uniform_B1 * reached_BV[:, -1:]).sum(dim=-1, keepdim=True)
-    return id_BV.gather(1, index_B1.clamp_max((p_BV > 0).sum(dim=-1, keepdim=True) - 1).clamp_min(0))[:, 0]
 
 
 def _check_model(base: BaseModel, max_length: int) -> None:

@@ -85,12 +85,12 @@ class DemandCounter:
         self._counting = threading.Lock()
         self._writing = threading.Lock()
 
-    def count(self, key: Key) -> None:
-        """One more request for a document."""
+    def count(self, key: Key, requests: int = 1) -> None:
+        """So many more requests for a document."""
         with self._counting:
             tally = self._tally
-            tally.requests[key] += 1
-            tally.total += 1
+            tally.requests[key] += requests
+            tally.total += requests
             if len(tally.requests) > self._most:
                 kept = Counter(dict(tally.requests.most_common(self._most // 2)))
                 tally.forgotten += tally.requests.total() - kept.total()

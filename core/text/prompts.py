@@ -10,7 +10,7 @@ turn. Special tokens that stand literally in a text are read as special tokens, 
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
 from pydantic import PositiveInt
@@ -19,10 +19,10 @@ from transformers import PreTrainedTokenizerBase
 from core.config import Section
 
 IGNORED = -100
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "tool")
 _PROBE = "\ue000"  # a private-use character: no template writes it
 
-Message = Mapping[str, str]
+Message = Mapping[str, Any]
 
 
 class Turn(NamedTuple):
@@ -76,8 +76,10 @@ def render(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn]) -> tuple[l
     return ids, labels
 
 
-def prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
+def prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
     """The ids after which a model writes its answer to `messages` (each with `role` and `content`).
+
+    tools: that the model may call, as chat templates take them (OpenAI's objects); so are the `tool_calls` of past answers.
 
     Raises `ValueError` for an unknown role, for content that is no text, for a last message from the assistant, and where the
     template refuses the conversation.
@@ -91,7 +93,7 @@ def prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> l
             raise ValueError(f"message {place} has no text as its content: give a string")
     if messages[-1]["role"] == "assistant":
         raise ValueError("the last message is the assistant's: end with the message that is to be answered")
-    return [token for piece in _pieces(tokenizer, messages) for token in encode(tokenizer, piece.text)]
+    return [token for piece in _pieces(tokenizer, messages, tools) for token in encode(tokenizer, piece.text)]
 
 
 def in_context(document_text: str, question: str) -> str:
@@ -153,7 +155,9 @@ def head_tail(ids: Sequence[int], limit: int, ellipsis_ids: Sequence[int]) -> li
     return [*ids[:head], *ellipsis_ids, *ids[len(ids) - tail :]]
 
 
-def _pieces(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[_Piece]:
+def _pieces(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()
+) -> list[_Piece]:
     """Prompts and answers in turn; they end with the generation prompt unless the last message is an answer."""
     if tokenizer.chat_template is None:
         raise ValueError(
@@ -166,29 +170,36 @@ def _pieces(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> 
     for place, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        asked = _template(tokenizer, messages[:place], generate=True)
-        whole = _template(tokenizer, messages[: place + 1], generate=False)
+        asked = _template(tokenizer, messages[:place], generate=True, tools=tools)
+        whole = _template(tokenizer, messages[: place + 1], generate=False, tools=tools)
         if not whole.startswith(asked):
             raise ValueError(
                 f"the chat template of {_name(tokenizer)} is not prefix-consistent: the text up to the generation prompt "
                 f"(ends {asked[-40:]!r}) does not open the text with the answer (ends {whole[-80:]!r}), so training and "
                 "inference would see different prompts; use a template whose generation prompt opens the assistant message"
             )
-        pieces.append(_Piece(asked[_past(tokenizer, messages[:answered], asked, told, reply) :], answer=False))
+        pieces.append(_Piece(asked[_past(tokenizer, messages[:answered], asked, told, reply, tools) :], answer=False))
         told, reply, answered = whole, whole[len(asked) :], place + 1
         pieces.append(_Piece(reply, answer=True))
     if answered < len(messages):
-        asked = _template(tokenizer, messages, generate=True)
-        pieces.append(_Piece(asked[_past(tokenizer, messages[:answered], asked, told, reply) :], answer=False))
+        asked = _template(tokenizer, messages, generate=True, tools=tools)
+        pieces.append(_Piece(asked[_past(tokenizer, messages[:answered], asked, told, reply, tools) :], answer=False))
     return pieces
 
 
-def _past(tokenizer: PreTrainedTokenizerBase, past: Sequence[Message], asked: str, told: str, reply: str) -> int:
+def _past(
+    tokenizer: PreTrainedTokenizerBase,
+    past: Sequence[Message],
+    asked: str,
+    told: str,
+    reply: str,
+    tools: Sequence[Mapping[str, Any]],
+) -> int:
     """Where in `asked` the past ends: `told` when it was the present, and its last answer was `reply`."""
     if asked.startswith(told):
         return len(told)
     # The template rewrites the past. What stands before a next question is that past and the user's header.
-    probe = _template(tokenizer, [*past, {"role": "user", "content": _PROBE}], generate=True)
+    probe = _template(tokenizer, [*past, {"role": "user", "content": _PROBE}], generate=True, tools=tools)
     before = probe[: probe.rfind(_PROBE)]
     end = before.rfind(reply) + len(reply)
     if reply not in before or not asked.startswith(before[:end]):
@@ -199,10 +210,16 @@ def _past(tokenizer: PreTrainedTokenizerBase, past: Sequence[Message], asked: st
     return end
 
 
-def _template(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, generate: bool) -> str:
+def _template(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, generate: bool, tools: Sequence[Mapping[str, Any]]
+) -> str:
     try:
         text = tokenizer.apply_chat_template(
-            [dict(message) for message in messages], tokenize=False, add_generation_prompt=generate, enable_thinking=False
+            [dict(message) for message in messages],
+            tools=[dict(tool) for tool in tools] or None,
+            tokenize=False,
+            add_generation_prompt=generate,
+            enable_thinking=False,
         )
     except TemplateError as error:
         raise ValueError(f"the chat template of {_name(tokenizer)} refuses this conversation: {error}") from None

@@ -273,7 +273,7 @@ def test_adapters_that_must_not_answer(tmp_path: Path) -> None:
         for shard in (tmp_path / "shards").iterdir():
             shard.write_bytes(bytes(shard.stat().st_size))
         damaged = await client.post("/v1/chat/completions", json=ask("base:good"))
-        assert damaged.status_code == 503 and "damaged" in damaged.json()["error"]["message"]
+        assert damaged.status_code == 503 and damaged.json()["error"]["code"] == "store_failed"
         assert await chat(client, "base") == offline(world, "Who is it?", None)
 
     with_client(world, test)
@@ -370,7 +370,7 @@ def refusals() -> list[tuple[dict[str, Any], str | None]]:
     strange = [
         {},
         {"role": "user"},
-        {"role": "tool", "content": "x"},
+        {"role": "teacher", "content": "x"},
         {"role": "user", "content": 5},
         {**message, "x": 1},
         "x",
@@ -387,7 +387,7 @@ def refusals() -> list[tuple[dict[str, Any], str | None]]:
         ({"messages": [message, {"role": "assistant", "content": "x"}]}, "messages"),
         ({"temperature": -1}, "temperature"),
         ({"temperature": "hot"}, "temperature"),
-        ({"top_p": 0}, "top_p"),
+        ({"top_p": -0.1}, "top_p"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": 10**30}, "messages"),
         ({"max_completion_tokens": 1.5}, "max_completion_tokens"),
@@ -396,12 +396,19 @@ def refusals() -> list[tuple[dict[str, Any], str | None]]:
         ({"seed": 2**70}, "seed"),
         ({"stream": "yes"}, "stream"),
         ({"stream_options": {"x": 1}}, "stream_options.x"),
-        ({"n": 2}, "n"),
+        ({"n": 0}, "n"),
+        ({"n": 81}, "n"),
         ({"n": True}, "n"),
-        ({"logprobs": True}, "logprobs"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"logit_bias": {"x": 1}}, "logit_bias"),
+        ({"logit_bias": {"5": 101}}, "logit_bias.5"),
+        ({"logit_bias": {"99999": 1}}, None),
         ({"tools": [{"type": "function"}]}, "tools"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        ({"tool_choice": "required"}, "tool_choice"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"frequency_penalty": 0.5}, "frequency_penalty"),
+        ({"frequency_penalty": 2.5}, "frequency_penalty"),
         ({"no_such_parameter": 1}, "no_such_parameter"),
     ]
 
@@ -418,7 +425,7 @@ def test_bad_parameters_are_named(world: World) -> None:
         long = await client.post("/v1/chat/completions", json=ask("base", "word " * 2500))
         assert long.json()["error"]["code"] == "context_length_exceeded" and long.status_code == 400
         assert "2048" in long.json()["error"]["message"] and "12 new" in long.json()["error"]["message"]
-        for prompt in ("", [], ["a", "b"], [1, "a"], [-1], [10**9], [2**70], {}, 5, [[1]]):
+        for prompt in ("", [], [[]], [[], [1]], [1, "a"], [-1], [10**9], [2**70], {}, 5, [[[1]]]):
             response = await client.post("/v1/completions", json={"model": "base", "prompt": prompt})
             assert response.status_code == 400 and response.json()["error"]["type"] == "invalid_request_error", prompt
         for content in (

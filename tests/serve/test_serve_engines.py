@@ -16,7 +16,7 @@ def request(name: str, tokens: int = 8, prompt: list[int] | None = None) -> Requ
 
 async def token_ids(engine: AsyncEngine, one: Request) -> list[int]:
     with engine.admitted():
-        async with engine.submitted(one) as tokens:
+        async with engine.submitted([one]) as tokens:
             return [token.token_id async for token in tokens]
 
 
@@ -50,7 +50,7 @@ def test_refusals_and_places() -> None:
             await token_ids(engine, request("long", 1000))
         with engine.admitted(), engine.admitted(), pytest.raises(Overloaded), engine.admitted():
             pass
-        async with engine.submitted(request("left", 200)) as tokens:
+        async with engine.submitted([request("left", 200)]) as tokens:
             await anext(tokens)
         assert len(await token_ids(engine, request("next"))) == 8
         assert engine.stats().generated_tokens < 200

@@ -19,8 +19,9 @@ from core.adapters.base_model import BaseModel
 from core.adapters.gated_memory import GatedMemory, memory_spec
 from core.adapters.lora import LoraWeights, attach
 from core.adapters.weights import AdapterWeights
+from core.engine.sampling import Sampling
 from core.engine.slot_cache import FIRST_CAPACITY
-from core.engine.token_loop import Completion, Engine, Request, Sampling, generate
+from core.engine.token_loop import Completion, Engine, Request, generate
 from tests.models import SHAPE, tiny_base
 
 

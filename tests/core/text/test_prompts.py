@@ -148,7 +148,7 @@ def test_what_cannot_be_a_prompt_is_refused_with_advice() -> None:
     tokenizer = byte_tokenizer(CHATML)
     for messages, advice in [
         ([], "at least one message"),
-        ([{"role": "tool", "content": "x"}], "system, user, assistant"),
+        ([{"role": "teacher", "content": "x"}], "system, user, assistant, tool"),
         ([{"content": "x"}], "system, user, assistant"),
         ([{"role": "user", "content": None}], "give a string"),
         (messages_of(TURNS), "end with the message"),
