@@ -8,6 +8,7 @@ a pickle at all.
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import reduce
@@ -213,8 +214,13 @@ def _rank_and_scale(config: Mapping[str, Any], linear: str) -> tuple[int, float]
     if ranks or alphas:
         from peft.utils.other import get_pattern_key  # takes half a second, which few adapters need
 
-        rank = ranks.get(get_pattern_key(ranks.keys(), linear), rank)
-        alpha = alphas.get(get_pattern_key(alphas.keys(), linear), alpha)
+        try:
+            rank = ranks.get(get_pattern_key(list(ranks), linear), rank)
+            alpha = alphas.get(get_pattern_key(list(alphas), linear), alpha)
+        except (AttributeError, TypeError, re.error):
+            raise ValueError(
+                f"rank_pattern or alpha_pattern in {PEFT_CONFIG} is no table of patterns: save the adapter again"
+            ) from None
     if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float) or not math.isfinite(alpha):
         raise ValueError(f"{linear} has the rank {rank!r} and the alpha {alpha!r}: r is 1 or more, lora_alpha a number")
     return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)

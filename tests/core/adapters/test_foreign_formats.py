@@ -198,6 +198,8 @@ def test_what_cannot_be_exported(tmp_path):
         ({"lora_bias": True}, "uses lora_bias.*adds a bias to B"),
         ({"layer_replication": [[0, 2], [1, 3]]}, "uses layer_replication.*runs layers of the base twice"),
         ({"target_parameters": ["mlp.experts"]}, "uses target_parameters"),
+        ({"rank_pattern": ["q_proj"]}, "rank_pattern or alpha_pattern in adapter_config.json is no table"),
+        ({"alpha_pattern": {"(": 2}}, "rank_pattern or alpha_pattern in adapter_config.json is no table"),
         ({"r": 0}, "rank 0 .*r is 1 or more"),
         ({"r": "four"}, "rank 'four'"),
         ({"lora_alpha": None}, "alpha None"),
