@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from pipelines.conversion.exchange import exchange_app
 from pipelines.store.commands import store_app
 from pipelines.terminal import console, say, told
 
@@ -19,6 +20,7 @@ app = typer.Typer(
     no_args_is_help=True, pretty_exceptions_show_locals=False, rich_markup_mode="markdown", help="Documents to LoRA adapters."
 )
 app.add_typer(store_app, name="store")
+app.add_typer(exchange_app)
 RECIPE_FILES = Path(__file__).parent / "pipelines" / "recipes"
 REFERENCE = Path(__file__).parent / "assets" / "reference"
 LONG_DOCUMENT_PARTS = 14
@@ -398,56 +400,6 @@ def plan(
             return
         planned = plan_conversion(source, load_plan_recipe(base, hypernetwork, documents_per_s, *given), out)
     console.print(plan_tables(planned, source))
-
-
-@app.command("import-shine")
-def import_shine(
-    directory: Annotated[
-        Path, typer.Argument(help="What the released SHINE code saved: mem_tokens.pt, metanetwork.pth, metalora.pth.")
-    ],
-    out: Annotated[Path, typer.Argument(help="Where to write Imprint's safetensors checkpoint.")],
-    base: Annotated[str, typer.Option(help="The base that it was trained for.")],
-    rank: Annotated[int, typer.Option(help="Rank of the adapters it writes.")] = 8,
-    meta_rank: Annotated[int, typer.Option(help="Rank of its Meta LoRA.")] = 128,
-    num_layers: Annotated[int, typer.Option(help="Layers of its M2P transformer.")] = 4,
-    num_heads: Annotated[int, typer.Option(help="Heads of its M2P transformer.")] = 32,
-    feed_forward: Annotated[int, typer.Option(help="Feed-forward size of its M2P transformer.")] = 8192,
-    scale: Annotated[float, typer.Option(help="Its output scale.")] = 1e-3,
-) -> None:
-    """Converts a released SHINE checkpoint; no pickle is trusted. The defaults are those of the Qwen3-8B release.
-
-    Example: `imprint import-shine checkpoint-7 runs/shine --base Qwen/Qwen3-8B`
-    """
-    from core.adapters.base_model import load_base
-    from core.shine.hypernetwork import Hypernetwork, HypernetworkSettings
-
-    with told():
-        settings = HypernetworkSettings(
-            rank=rank, meta_rank=meta_rank, num_layers=num_layers, num_heads=num_heads, feed_forward=feed_forward, scale=scale
-        )
-        network = Hypernetwork.from_shine_release(directory, load_base(base), settings)
-        network.save(out)
-    console.print(f"written: {out}, {network.spec.numel:,} numbers an adapter", highlight=False)
-
-
-@app.command()
-def export(
-    store: Annotated[str, typer.Argument(help="The store.")],
-    document: Annotated[str, typer.Argument(help="The document's name.")],
-    out: Annotated[Path, typer.Argument(help="Where to write adapter_config.json and adapter_model.safetensors.")],
-    base: BaseOption = str(REFERENCE / "base"),
-    tenant: Annotated[str, typer.Option(help="Whose document.")] = "default",
-    collection: Annotated[str, typer.Option(help="The document's collection.")] = "default",
-) -> None:
-    """Exports a document's adapter as the two files that PEFT reads.
-
-    Example: `imprint export runs/store vostilo.txt runs/peft/vostilo`
-    """
-    from pipelines.conversion.exporting import export_peft
-
-    with told():
-        export_peft(store, tenant, collection, document, base, out)
-    console.print(f"written: {out}")
 
 
 @app.command()

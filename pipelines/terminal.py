@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import typer
 from rich import box
@@ -9,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 console = Console()
+REFERENCE_BASE = Path(__file__).parents[1] / "assets" / "reference" / "base"
 _UNITS = ("bytes", "kB", "MB", "GB", "TB", "PB", "EB")
 
 

@@ -21,7 +21,7 @@ from tests.core.shine.test_shine_parity import GOLDEN, golden_base, golden_setti
 ROOT = Path(imprint.__file__).parent
 COMMANDS = (
     *("world", "train", "convert", "lift", "serve", "ask", "evaluate", "compare", "plan"),
-    *("import-shine", "export", "store", "demo"),
+    *("import-shine", "import-peft", "export", "store", "demo"),
 )
 
 

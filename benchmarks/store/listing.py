@@ -9,12 +9,12 @@ Run from the root: `python -m benchmarks.store.listing --against PATH`; about tw
 """
 
 import argparse
+import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -55,24 +55,36 @@ def _adapter(of: Document) -> NewAdapter:
     )
 
 
-def run(tree: Path, arguments: list[str]) -> dict[str, float]:
-    """One process of `imprint store` in a checkout: seconds, CPU seconds, peak bytes."""
+LAUNCHER = """
+import json, os, subprocess, sys, time
+with open(sys.argv[1], "wb") as said:
     start = time.perf_counter()
-    with tempfile.TemporaryFile() as said:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "imprint", "store", *arguments],
+    process = subprocess.Popen(sys.argv[2:], stdout=said, stderr=said)
+    _, status, used = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - start
+    process.returncode = os.waitstatus_to_exitcode(status)
+print(json.dumps([process.returncode, seconds, used.ru_utime + used.ru_stime, used.ru_maxrss]))
+"""
+
+
+def run(tree: Path, arguments: list[str]) -> dict[str, float]:
+    """One process of `imprint store` in a checkout: seconds, CPU seconds, peak bytes.
+
+    A small process starts it: on Linux the peak of a process counts what its parent held when it was forked, torch here.
+    """
+    with tempfile.NamedTemporaryFile() as said:
+        done = subprocess.run(
+            [sys.executable, "-S", "-c", LAUNCHER, said.name, sys.executable, "-m", "imprint", "store", *arguments],
             cwd=tree,
             env={**os.environ, "PYTHONPATH": str(tree)},
-            stdout=said,
-            stderr=said,
+            capture_output=True,
+            text=True,
+            check=True,
         )
-        _, status, used = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - start
-        process.returncode = os.waitstatus_to_exitcode(status)
-        said.seek(0)
-        if process.returncode:
-            raise SystemExit(f"{' '.join(arguments)} in {tree.name} ended with {process.returncode}:\n{said.read().decode()}")
-    return {"s": seconds, "cpu_s": used.ru_utime + used.ru_stime, "peak_mb": used.ru_maxrss * 1024 / 1e6}
+        code, seconds, cpu_s, peak_kib = json.loads(done.stdout)
+        if code:
+            raise SystemExit(f"{' '.join(arguments)} in {tree.name} ended with {code}:\n{Path(said.name).read_text()}")
+    return {"s": seconds, "cpu_s": cpu_s, "peak_mb": peak_kib * 1024 / 1e6}
 
 
 def measure(trees: dict[str, Path], store: str, rounds: int) -> dict[str, Any]:

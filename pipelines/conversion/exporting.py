@@ -1,58 +1,94 @@
-"""Stored adapters to PEFT's two files. In: a store, documents' names, a base. Out: directories that PEFT reads."""
+"""Stored adapters to PEFT's two files. In: a store, documents' names, a base. Out: directories that PEFT and vLLM read."""
 
 import json
+from collections import Counter
+from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Literal
 
 from core.adapters.base_model import BaseModel, load_base
-from core.adapters.foreign_formats import write_peft
+from core.adapters.foreign_formats import holds_peft, peft_base_name, write_peft
 from core.adapters.lora import LoraWeights
 from core.store.manifest import AdapterRow
 from core.store.store import Store
 
+Lack = Literal["no adapter", "gated memory", "another base"]
+LACKS: dict[Lack, str] = {
+    "no adapter": "no adapter yet: run `imprint convert` on it",
+    "gated memory": "a gated memory, which PEFT knows no form of: lift it as a lora or pissa to export",
+    "another base": "adapters for another base only: give --base the base that they were made for",
+}
 
-def export_peft(store_url: str, tenant: str, collection: str, name: str, base: str, out: Path) -> None:
-    """Writes the document's newest LoRA. Raises `ValueError` where it has none, or none for this base."""
+
+def export_peft(
+    store_url: str, tenant: str, collection: str, name: str, base: str, out: Path, base_name: str | None = None
+) -> None:
+    """Writes the document's newest LoRA for this base. base_name: as of `core.adapters.foreign_formats.write_peft`.
+
+    Raises `ValueError` where there is no such document, or no such LoRA of it.
+    """
     store = Store.open(store_url)
     row = store.find_document(tenant, collection, name)
     if row is None:
         raise ValueError(f"no document {name!r} in collection {collection!r}: names are relative to the converted folder")
     adapters = store.find_adapters(tenant, row.content_hash)
-    if not adapters:
-        raise ValueError(f"{name!r} has no adapter yet: run `imprint convert` on it")
-    newest = _newest_lora(store, adapters)
-    if newest is None:
-        raise ValueError(f"{name!r} has a gated memory, which PEFT knows no form of: lift it as a lora or pissa to export")
-    _write(store, newest, load_base(base), out)
+    if not isinstance(found := _newest_lora(store, adapters, None), AdapterRow):
+        raise ValueError(f"{name!r} has {LACKS[found]}")
+    loaded = load_base(base)
+    newest = _newest_lora(store, adapters, _made_for(store, loaded))
+    if not isinstance(newest, AdapterRow):
+        raise ValueError(f"{name!r} has {LACKS[newest]}")
+    _write(store, newest, loaded, out, base_name)
 
 
-def export_many(store_url: str, tenant: str, collection: str | None, prefix: str, base: str, out: Path) -> tuple[int, int]:
-    """Writes the newest LoRA of each document; says how many, and how many documents have none.
+def export_many(
+    store_url: str, tenant: str, collection: str | None, prefix: str, base: str, out: Path, base_name: str | None = None
+) -> tuple[int, Counter[Lack]]:
+    """Writes the newest LoRA for this base of each document; says how many, and how many documents have none, by what they lack.
 
     `out` has a directory for each adapter, by its id, and `documents.jsonl`, which says whose it is: documents of one text share
-    one. What is there already is kept, so that an export can go on. Raises `ValueError` for an adapter that is not for this base.
+    one. What is there already is kept, so that an export can go on. Raises `ValueError` where there is nothing to write.
     """
     store, loaded = Store.open(store_url), load_base(base)
+    fitting, named = _made_for(store, loaded), peft_base_name(loaded, base_name)
+    written, lacks = set[str](), Counter[Lack]()
     out.mkdir(parents=True, exist_ok=True)
-    written, skipped = set[str](), 0
-    with (out / "documents.jsonl").open("w") as listing:
+    unfinished = out / "documents.jsonl.unfinished"
+    with unfinished.open("w") as listing:
         for row, adapters in store.each_document(tenant, collection, prefix):
-            newest = _newest_lora(store, adapters)
-            if newest is None:
-                skipped += 1
+            newest = _newest_lora(store, adapters, fitting)
+            if not isinstance(newest, AdapterRow):
+                lacks[newest] += 1
                 continue
             directory = out / newest.adapter_id
-            if not (directory / "adapter_model.safetensors").exists():
-                _write(store, newest, loaded, directory)
+            if newest.adapter_id not in written and not holds_peft(directory, named):
+                _write(store, newest, loaded, directory, base_name)
             written.add(newest.adapter_id)
             names = {"tenant": row.tenant, "collection": row.collection, "name": row.name, "adapter": newest.adapter_id}
             listing.write(json.dumps(names, ensure_ascii=False) + "\n")
-    return len(written), skipped
+    if not written:
+        unfinished.unlink()
+        found = "; ".join(f"{count:,} have {LACKS[lack]}" for lack, count in lacks.most_common())
+        raise ValueError(f"there is nothing to export: {found or f'no such documents of tenant {tenant!r}'}")
+    unfinished.rename(out / "documents.jsonl")
+    return len(written), lacks
 
 
-def _newest_lora(store: Store, adapters: list[AdapterRow]) -> AdapterRow | None:
+def _made_for(store: Store, base: BaseModel) -> set[str]:
+    """The producers whose adapters are for this base."""
+    producers = store.producers().items()
+    return {fingerprint for fingerprint, producer in producers if producer.config.get("base") == base.fingerprint}
+
+
+def _newest_lora(store: Store, adapters: Sequence[AdapterRow], producers: Collection[str] | None) -> AdapterRow | Lack:
+    """The newest LoRA of these producers (None: of any); what is lacking where there is none."""
     loras = [adapter for adapter in adapters if store.spec(adapter.spec_fingerprint).kind == "lora"]
-    return max(loras, key=lambda adapter: (adapter.created, adapter.adapter_id), default=None)
+    fitting = [adapter for adapter in loras if producers is None or adapter.producer_fingerprint in producers]
+    if fitting:
+        return max(fitting, key=lambda adapter: (adapter.created, adapter.adapter_id))
+    return "another base" if loras else "gated memory" if adapters else "no adapter"
 
 
-def _write(store: Store, adapter: AdapterRow, base: BaseModel, out: Path) -> None:
-    write_peft(out, base, LoraWeights(store.spec(adapter.spec_fingerprint), store.get_vector(adapter)[None]))
+def _write(store: Store, adapter: AdapterRow, base: BaseModel, out: Path, base_name: str | None) -> None:
+    weights = LoraWeights(store.spec(adapter.spec_fingerprint), store.get_vector(adapter)[None])
+    write_peft(out, base, weights, base_name)

@@ -6,15 +6,13 @@ from typing import Annotated
 
 import typer
 
-from pipelines.terminal import console, say, told
+from pipelines.terminal import REFERENCE_BASE, console, counted, say, told
 
 store_app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
     help="Looks into a store, checks it, shrinks it, erases from it.\n\nExample: `imprint store ls runs/store`",
 )
-
-REFERENCE_BASE = Path(__file__).parents[2] / "assets" / "reference" / "base"
 
 StoreUrl = Annotated[str, typer.Argument(help="The store: a path, a `file://` or an `s3://` URL.")]
 Tenant = Annotated[str, typer.Option(help="Whose documents.")]
@@ -239,6 +237,9 @@ def export_documents(
     base: Annotated[str, typer.Option(help="Model directory or Hugging Face name.", show_default="the reference base")] = str(
         REFERENCE_BASE
     ),
+    base_name: Annotated[
+        str | None, typer.Option(help="What the adapters call their base: for vLLM, its `--model`.", show_default="as of --base")
+    ] = None,
     tenant: Tenant = "default",
     collection: Collection = None,
     prefix: Prefix = "",
@@ -247,8 +248,9 @@ def export_documents(
 
     Example: `imprint store export runs/store runs/peft-all --prefix reports/`
     """
-    from pipelines.conversion.exporting import export_many
+    from pipelines.conversion.exporting import LACKS, export_many
 
     with told(), console.status("exporting"):
-        adapters, skipped = export_many(store, tenant, collection, prefix, base, out)
-    say([f"written: {adapters:,} adapters to {out}; {skipped:,} documents have no LoRA"])
+        adapters, lacks = export_many(store, tenant, collection, prefix, base, out, base_name)
+    say([f"written: {counted(adapters, 'adapter')} to {out}"])
+    say(f"left out: {counted(count, 'document')} with {LACKS[lack]}" for lack, count in lacks.most_common())

@@ -225,8 +225,6 @@ class _Check:
         return [fault for fault in found if fault is not None]
 
     def _blob_fault(self, row: Row, blob: bytes) -> str | None:
-        from core.adapters.codec import decode  # brings torch
-
         if blob_hash(blob) != row.blob_hash:
             return f"{FOLDER}/{row.shard} is damaged between bytes {row.offset} and {row.offset + row.length}: {_what(row)}"
         try:
@@ -234,6 +232,8 @@ class _Check:
                 sound = content_hash(row.title, blob.decode()) == row.content_hash
                 return None if sound else f"{_what(row)} has a text or title whose content hash is another"
             if row.spec_fingerprint in self._specs:
+                from core.adapters.codec import decode  # brings torch
+
                 decode(blob, self._specs[row.spec_fingerprint], row.encoding)
         except ValueError as error:
             return f"{_what(row)} cannot be decoded: {error}"

@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from core.adapters.base_model import BaseModel
-from core.adapters.foreign_formats import read_peft, write_peft
+from core.adapters.foreign_formats import check_peft_base, holds_peft, read_peft, write_peft
 from core.adapters.lora import LoraWeights, attach
 from tests.models import random_adapters, random_ids, tiny_base
 
@@ -98,6 +98,69 @@ def test_alpha_is_folded_into_b(config, tmp_path):
     assert torch.allclose(a_BIR[0] @ b_BRO[0], (stored[name + "B.weight"] @ stored[name + "A.weight"]).T * scale, atol=1e-6)
 
 
+RANKS = {"q_proj": 6, r"layers\.1\.mlp\.(gate|up)_proj": 2}
+ALPHAS = {"v_proj": 7, "layers.2.self_attn.q_proj": 3, "o_proj": 4}
+
+
+@pytest.mark.parametrize("config", [{}, {"use_rslora": True}, {"exclude_modules": ["k_proj"]}])
+def test_ranks_and_alphas_by_pattern_are_pefts_own(config, tmp_path):
+    peft_adapter(tmp_path / "theirs", rank_pattern=RANKS, alpha_pattern=ALPHAS, lora_alpha=5, **config)
+    base = tiny_base()
+    weights = read_peft(tmp_path / "theirs", base)
+    assert weights.spec.rank == 6
+    assert (our_logits(base, weights) - peft_logits(tiny_base(), tmp_path / "theirs")).abs().max() < 1e-4
+
+
+def test_only_what_an_adapter_changes_is_read(tmp_path):
+    peft_adapter(tmp_path, target_modules=["down_proj", "k_proj"], layers_to_transform=[0, 2])
+    spec = read_peft(tmp_path, tiny_base()).spec
+    assert [[shape.site for shape in shapes] for shapes in spec.layers] == [["k", "down"], [], ["k", "down"]]
+
+
+def test_no_number_of_an_adapter_in_several_types_is_rounded(tmp_path):
+    peft_adapter(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    first = min(tensors)
+    tensors[first] = tensors[first].bfloat16()
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    weights, name = read_peft(tmp_path, tiny_base()), "base_model.model.model.layers.2.mlp.up_proj.lora_B.weight"
+    assert weights.flat_BN.dtype == torch.float32
+    assert torch.equal(weights.factors(2, "up")[1][0], tensors[name].T)
+
+
+def test_an_adapter_of_another_base_is_known_by_fingerprint_or_name(tmp_path):
+    base, other = tiny_base(), tiny_base(seed=1)
+    write_peft(tmp_path / "ours", base, random_adapters(base, 1), base_name="org/one")
+    assert json.loads((tmp_path / "ours" / "adapter_config.json").read_text())["base_model_name_or_path"] == "org/one"
+    assert holds_peft(tmp_path / "ours", "org/one") and not holds_peft(tmp_path / "ours", "org/two")
+    check_peft_base(tmp_path / "ours", base, "another/name")
+    with pytest.raises(ValueError, match="a base with other weights"):
+        check_peft_base(tmp_path / "ours", other, "org/one")
+    theirs = peft_adapter(tmp_path / "theirs")
+    check_peft_base(theirs, base, "org/one")  # PEFT knew no name, for the model was made in memory
+    edit_config(theirs, base_model_name_or_path="org/one")
+    check_peft_base(theirs, base, "org/one")
+    with pytest.raises(ValueError, match=r"was trained for org/one, and the base is org/two.*--base-name org/one"):
+        check_peft_base(theirs, base, "org/two")
+    edit_config(theirs, base_model_name_or_path=str(tmp_path / "ours" / ".." / "ours"))
+    check_peft_base(theirs, base, str(tmp_path / "ours"))
+
+
+def test_damaged_files_are_refused(tmp_path):
+    peft_adapter(tmp_path)
+    stored = (tmp_path / "adapter_model.safetensors").read_bytes()
+    (tmp_path / "adapter_model.safetensors").write_bytes(stored[:-100])
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors is damaged .*: copy or save"):
+        read_peft(tmp_path, tiny_base())
+    with pytest.raises(ValueError, match="is damaged"):
+        check_peft_base(tmp_path, tiny_base(), "base")
+    for text, message in (("{", "is not JSON"), ("[]", "nameless adapter")):
+        (tmp_path / "adapter_config.json").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            read_peft(tmp_path, tiny_base())
+    assert not holds_peft(tmp_path, None)
+
+
 def test_bf16_stays_bf16(tmp_path):
     base = tiny_base(dtype=torch.bfloat16)
     weights = random_adapters(base, 1)
@@ -129,11 +192,18 @@ def test_what_cannot_be_exported(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"use_dora": True}, "uses use_dora: only a plain LoRA"),
-        ({"rank_pattern": {"q_proj": 2}}, "uses rank_pattern"),
-        ({"alpha_pattern": {"q_proj": 2}}, "uses alpha_pattern"),
-        ({"modules_to_save": ["lm_head"]}, "uses modules_to_save"),
-        ({"fan_in_fan_out": True}, "uses fan_in_fan_out"),
+        ({"use_dora": True}, "uses use_dora: only a plain LoRA can be read .*scales the base's own weights"),
+        ({"modules_to_save": ["lm_head"]}, "uses modules_to_save.*replaces whole modules"),
+        ({"fan_in_fan_out": True}, "uses fan_in_fan_out.*transposed"),
+        ({"lora_bias": True}, "uses lora_bias.*adds a bias to B"),
+        ({"layer_replication": [[0, 2], [1, 3]]}, "uses layer_replication.*runs layers of the base twice"),
+        ({"target_parameters": ["mlp.experts"]}, "uses target_parameters"),
+        ({"rank_pattern": ["q_proj"]}, "rank_pattern or alpha_pattern in adapter_config.json is no table"),
+        ({"alpha_pattern": {"(": 2}}, "rank_pattern or alpha_pattern in adapter_config.json is no table"),
+        ({"r": 0}, "rank 0 .*r is 1 or more"),
+        ({"r": "four"}, "rank 'four'"),
+        ({"lora_alpha": None}, "alpha None"),
+        ({"rank_pattern": {"q_proj": 2}}, r"q_proj\.lora_A is \(4, 32\), r and the base want \(2, 32\)"),
         ({"alora_invocation_tokens": [5]}, "uses alora_invocation_tokens"),
         ({"trainable_token_indices": [5]}, "uses trainable_token_indices"),
         ({"some_later_kind": {"on": True}}, "uses some_later_kind"),

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 import imprint
 from core.adapters.base_model import load_base
 from core.shine.hypernetwork import Hypernetwork
+from core.store.manifest import Producer
 from core.store.store import Store
 from core.store.upkeep.comparison import differences
 from tests.stores import adapter, document, flip
@@ -137,10 +138,12 @@ def test_every_lora_is_exported_once_and_peft_reads_it(tmp_path: Path) -> None:
         with torch.no_grad():
             weights = network.generate(ids, torch.ones_like(ids))
         vectors[one.content_hash] = weights
-        store.put([one], [adapter(one, spec=weights.spec, vector=weights.flat_BN[0])])
+        producer = Producer(method="shine", weights="w", config={"base": base.fingerprint})
+        store.put([one], [adapter(one, spec=weights.spec, vector=weights.flat_BN[0], producer=producer)])
     store.put([documents[2], document("none", tenant="default", name="a/none")])
     out = tmp_path / "out"
-    assert "2 adapters" in run("export", str(tmp_path / "store"), str(out)) and (out / "documents.jsonl").exists()
+    said = run("export", str(tmp_path / "store"), str(out))
+    assert "written: 2 adapters" in said and "left out: 1 document with no adapter yet" in said
     lines: list[dict[str, Any]] = [json.loads(line) for line in (out / "documents.jsonl").read_text().splitlines()]
     assert [line["name"] for line in lines] == ["a/0", "a/1", "a/2"] and lines[0]["adapter"] == lines[2]["adapter"]
     a_BIR, b_BRO = vectors[documents[1].content_hash].factors(0, "q")
