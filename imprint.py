@@ -5,7 +5,7 @@ import os
 import signal
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import chdir, contextmanager, suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -87,7 +87,9 @@ def ray_session(told_of_retries: bool = True, **own: Any) -> Iterator[None]:
         return
     address = os.environ.get("RAY_ADDRESS", "local")
     own = {"num_cpus": max(os.cpu_count() or 1, 4), "object_store_memory": 2**29} | own
-    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **(own if address == "local" else {}))
+    # Ray's processes start in the current folder and import from it first: from here, that is never the corpus.
+    with chdir(Path(__file__).parent):
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **(own if address == "local" else {}))
     try:
         yield
     finally:
