@@ -24,7 +24,9 @@ from core.text.documents import nfc
 from core.text.parsing import Parser
 from pipelines.corpus.files import UNKNOWN_SIZE, File, printable
 from pipelines.corpus.listing import absolute, list_files
-from pipelines.corpus.records import BATCH_BYTES, BATCH_ROWS, FORMATS, Reading, read_files, runs
+from pipelines.corpus.reading import Reading
+from pipelines.corpus.records import FORMATS, read_files, runs
+from pipelines.corpus.rows import BATCH_BYTES, BATCH_ROWS
 
 ROWS = pa.schema(
     [
