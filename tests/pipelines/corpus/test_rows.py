@@ -45,6 +45,10 @@ def outcomes(path: Path, reading: Reading | None = None) -> list[str]:
     return [row["text"] or row["reason"] for row in rows_of(path, reading)]
 
 
+def begin_alike(found: list[str], expected: list[str]) -> bool:
+    return len(found) == len(expected) and all(each.startswith(start) for each, start in zip(found, expected, strict=True))
+
+
 def zstd(data: bytes) -> bytes:
     return bytes(pa.compress(data, "zstd", asbytes=True))
 
@@ -214,9 +218,7 @@ def test_json_of_every_layout_is_read(tmp_path: Path, kind: str, encoding: str) 
 def test_json_that_is_damaged_harms_no_other_document(tmp_path: Path, text: str, expected: list[str]) -> None:
     (tmp_path / "a.json").write_text(text)
     found = outcomes(tmp_path, Reading(max_document_bytes=200_000))
-    assert len(found) == len(expected) and all(each.startswith(wanted) for each, wanted in zip(found, expected, strict=True)), (
-        found
-    )
+    assert begin_alike(found, expected), found
 
 
 VALUES = st.recursive(
@@ -291,9 +293,7 @@ def test_tables_of_text_are_read(tmp_path: Path, name: str, data: bytes) -> None
 def test_tables_that_are_damaged_lose_no_text_silently(tmp_path: Path, table: str, expected: list[str]) -> None:
     (tmp_path / "a.csv").write_bytes(table.encode(errors="surrogateescape"))
     found = outcomes(tmp_path, Reading(max_document_bytes=1000))
-    assert len(found) == len(expected) and all(each.startswith(wanted) for each, wanted in zip(found, expected, strict=True)), (
-        found
-    )
+    assert begin_alike(found, expected), found
 
 
 CELLS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=12)

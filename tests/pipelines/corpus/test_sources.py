@@ -59,9 +59,13 @@ def write_formats(folder: Path) -> dict[str, str]:
     (folder / "f.jsonl.gz").write_bytes(gzip.compress(lines("Zipped.")) + gzip.compress(lines("Twice.")))
     (folder / "g.ndjson.zst").write_bytes(zstd(lines("Packed.")))
     pq.write_table(pa.table({"text": ["Row."]}), folder / "h.parquet")
+    (folder / "i.json").write_bytes(b'[{"text": "Element."}]')
+    (folder / "j.csv").write_bytes(b"text,title\r\nCell.,\r\n")
+    (folder / "k.txt.gz").write_bytes(gzip.compress(b"Small."))
     return {
         "a.txt": "Text.", "b.md": "# Title\nMarkdown.", "c.html": "HTML.", "d.pdf": "PDF.", "e.jsonl#0": "Line.",
         "f.jsonl.gz#0": "Zipped.", "f.jsonl.gz#1": "Twice.", "g.ndjson.zst#0": "Packed.", "h.parquet#0": "Row.",
+        "i.json#0": "Element.", "j.csv#0": "Cell.", "k.txt.gz": "Small.",
     }  # fmt: skip
 
 
@@ -421,7 +425,7 @@ def test_a_bucket_that_cannot_be_listed_is_an_error(bucket: str, proxy: FaultPro
         sources.open_source(f"s3://{bucket}/docs", "t", "c")
 
 
-FORMATS = st.sampled_from([".jsonl", ".jsonl.gz", ".ndjson.zst", ".parquet"])
+FORMATS = st.sampled_from([".jsonl", ".jsonl.gz", ".ndjson.zst", ".parquet", ".json", ".csv", ".tsv.zst", ".html.gz"])
 GOOD = lines("One.", "é" * 30, "Three.")
 
 
@@ -431,10 +435,20 @@ def parquet() -> bytes:
     return buffer.getvalue()
 
 
-WHOLE = {".jsonl": GOOD, ".jsonl.gz": gzip.compress(GOOD), ".ndjson.zst": zstd(GOOD), ".parquet": parquet()}
+TABLE = 'id,text\r\n1,One.\r\n2,"é, ""é""\n"\r\n'.encode()
+WHOLE = {
+    ".jsonl": GOOD,
+    ".jsonl.gz": gzip.compress(GOOD),
+    ".ndjson.zst": zstd(GOOD),
+    ".parquet": parquet(),
+    ".json": b"[" + b",\n".join(GOOD.splitlines()) + b"]",
+    ".csv": TABLE,
+    ".tsv.zst": zstd(TABLE.replace(b",", b"\t")),
+    ".html.gz": gzip.compress(b"<table><tr><td>1<sup>2</sup><td>3</table>"),
+}
 
 
-@settings(max_examples=300)
+@settings(max_examples=400)
 @given(FORMATS, st.data())
 def test_whatever_the_bytes_every_file_ends_in_rows(
     tmp_path_factory: pytest.TempPathFactory, form: str, data: st.DataObject
