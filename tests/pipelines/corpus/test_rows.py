@@ -131,6 +131,14 @@ def test_what_is_nested_or_no_text_says_so(tmp_path: Path) -> None:
     assert found[6]["name"] == "named"
 
 
+@pytest.mark.parametrize(
+    ("name", "data"), [("a.jsonl", b'{"\\ud800": 1}'), ("a.csv", b"\x80,b\n"), ("a.json", b'[{"\\udfff": [{}]}]')]
+)
+def test_a_reason_may_speak_of_what_is_no_text(tmp_path: Path, name: str, data: bytes) -> None:
+    (tmp_path / name).write_bytes(data)
+    assert [each.partition(":")[0] for each in outcomes(tmp_path)] == ["no column text" if name == "a.csv" else "no text"]
+
+
 def two_columns_of_a_name() -> pa.Table:
     return pa.Table.from_arrays([pa.array(["One."]), pa.array(["Two."])], ["text", "text"])
 

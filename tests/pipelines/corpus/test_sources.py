@@ -448,7 +448,7 @@ WHOLE = {
 }
 
 
-@settings(max_examples=400)
+@settings(max_examples=300)
 @given(FORMATS, st.data())
 def test_whatever_the_bytes_every_file_ends_in_rows(
     tmp_path_factory: pytest.TempPathFactory, form: str, data: st.DataObject
