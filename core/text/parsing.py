@@ -120,7 +120,7 @@ class _Worker:
             if size > self._limits.max_document_bytes:
                 return None
             text = answers.read(size).decode()
-        except (BrokenPipeError, ValueError, KeyError, TypeError):
+        except (BrokenPipeError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
             return None
         finally:
             timer.cancel()

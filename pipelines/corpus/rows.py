@@ -24,9 +24,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from core.text.decoding import Refused
-from pipelines.corpus.files import File, buffered
+from pipelines.corpus.files import File, buffered, suffixes
 from pipelines.corpus.json_values import values
-from pipelines.corpus.reading import Read, Reading, attempt, row
+from pipelines.corpus.reading import Read, Reading, row
 
 BATCH_ROWS, BATCH_BYTES = 256, 4 * 2**20
 DELIMITERS = ",;\t|"
@@ -100,45 +100,52 @@ def _lines_by(readline: Callable[[int], bytes], limit: int) -> Iterator[tuple[by
 
 
 def _csv(stream: IO[bytes], file: File, compression: str, reading: Reading) -> Iterator[Read]:
-    """A document a row below the header. Of `.csv` the delimiter is a comma, or what else separates the header's names."""
-    limit = reading.max_document_bytes
-    csv.field_size_limit(max(csv.field_size_limit(), limit))  # of the process, as the module has it
+    """A document a row below the header. Blank lines are neither counted nor read."""
+    csv.field_size_limit(max(csv.field_size_limit(), reading.max_document_bytes))  # of the process, as the module has it
     source = buffered(stream, compression)
     encoding, errors = ("utf-16", "replace") if _is_utf16(source) else ("utf-8-sig", "surrogateescape")
-    lines = _text_lines(io.TextIOWrapper(source, encoding, errors, newline=""), limit)
+    lines = _text_lines(io.TextIOWrapper(source, encoding, errors, newline=""), reading.max_document_bytes)
     first = next(lines, "")
-    if said := first.startswith("sep="):  # Excel's own
+    if first.startswith("sep="):  # Excel's own
         delimiter, first = first[4:5], next(lines, "")
-    if not said:
-        delimiter = "\t" if ".tsv" in file.name.lower()[-8:] else _delimiter(first, reading.text_field)
-    table = csv.reader(chain([first] if first else [], lines), delimiter=delimiter, strict=True)
-    header = [name.strip() for name in next(table, [])]
-    if not header:
-        return
-    _check_columns(header, reading)
-    told = number = 0
-    while True:
-        began, here = table.line_num, stream.tell()
-        fields = attempt(partial(next, table, None))
-        if fields is None:
-            return
-        if isinstance(fields, csv.Error):
-            if table.line_num != began + 1 or "limit" in str(fields):
-                raise Refused(f"not CSV: {fields}, from line {began + 1}; double the quotes that stand inside of quotes")
-        elif isinstance(fields, Exception):
-            raise fields
-        elif not fields:
-            continue
+    else:
+        delimiter = "\t" if suffixes(file.name)[0] == ".tsv" else _delimiter(first, reading.text_field)
+    table = csv.reader(chain([first], lines), delimiter=delimiter, strict=True)
+    header = [name.strip() for name in next(table)]
+    if header:
+        _check_columns(header, reading)
+    number = told = 0
+    for fields, line in _records(table):
         here = stream.tell()
         read = Read(f"{file.name}#{number}", "", None, None, here - told)
-        told, number = here, number + 1
+        number, told = number + 1, here
         if isinstance(fields, csv.Error):
-            yield read._replace(reason=f"not CSV: {fields}; double the quotes that stand inside of quotes")
+            yield read._replace(reason=f"not CSV: {fields} in line {line}; double the quotes that stand inside of quotes")
         elif len(fields) != len(header):
             quote = f"put text that holds {delimiter!r} or a line break into quotes"
             yield read._replace(reason=f"not CSV: {len(fields)} fields where the header has {len(header)}; {quote}")
         else:
             yield row(read, partial(_csv_document, dict(zip(header, fields, strict=True)), read, reading))
+
+
+def _records(table: Any) -> Iterator[tuple[list[str] | csv.Error, int]]:
+    """The fields of each record that has any, or what is wrong with it, and the line where it begins.
+
+    Raises where an error spans lines: nobody knows where the record after it begins, and text would be taken for names.
+    """
+    while True:
+        line = table.line_num + 1
+        try:
+            fields = next(table)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            if table.line_num != line or "limit" in str(error):
+                raise Refused(f"not CSV: {error}, from line {line} on; double the quotes that stand inside of quotes") from None
+            yield error, line
+            continue
+        if fields:
+            yield fields, line
 
 
 def _text_lines(text: io.TextIOWrapper, limit: int) -> Iterator[str]:

@@ -292,7 +292,7 @@ def test_tables_of_text_are_read(tmp_path: Path, name: str, data: bytes) -> None
             ["not CSV: 3 fields where the header has 2", "Good", "not CSV: 1 fields", "empty"],
         ),
         ('id,text\n1,"a" b\n2,Good\n', ["not CSV: ',' expected after '\"'", "Good"]),
-        ('id,text\n1,Good\n2,"never closed\n3,x\n', ["Good", "not CSV: unexpected end of data, from line 3"]),
+        ('id,text\n1,Good\n2,"never closed\n3,x\n', ["Good", "not CSV: unexpected end of data, from line 3 on"]),
         ("id,text\n1,caf\udce9\n2,Good\n", ["not UTF-8: save the file in UTF-8", "Good"]),
         ("id,text\n1,Good\n2," + "x" * 2000 + "\n3,y\n", ["Good", "too large: a line of more than 1000 characters"]),
         ("text\n" + "é" * 900 + "\nGood\n", ["too large: more than 1000 bytes", "Good"]),
