@@ -5,7 +5,7 @@ import os
 import signal
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import chdir, contextmanager, suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -35,7 +35,9 @@ HypernetworkOption = Annotated[
 PresetOption = Annotated[
     str | None, typer.Option(help="LIFT's settings by name: v1, v3, v4, v4_fast or finetune_raw.", show_default="v4")
 ]
-SourceArgument = Annotated[str, typer.Argument(help="Text, Markdown, HTML, PDF, JSONL, Parquet: file, folder, pattern, @list.")]
+SourceArgument = Annotated[
+    str, typer.Argument(help="Text, Markdown, HTML, PDF, JSON(L), CSV, Parquet: file, folder, pattern, @list.")
+]
 StoreArgument = Annotated[str, typer.Argument(help="The store; made where there is none.")]
 
 
@@ -89,7 +91,9 @@ def ray_session(told_of_retries: bool = True, **own: Any) -> Iterator[None]:
         return
     address = os.environ.get("RAY_ADDRESS", "local")
     own = {"num_cpus": max(os.cpu_count() or 1, 4), "object_store_memory": 2**29} | own
-    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **(own if address == "local" else {}))
+    # Ray's processes start in the current folder and import from it first: from here, that is never the corpus.
+    with chdir(Path(__file__).parent):
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **(own if address == "local" else {}))
     try:
         yield
     finally:

@@ -17,10 +17,14 @@ import os
 import signal
 import subprocess
 import sys
+import sysconfig
 import threading
 import time
 import weakref
-from pathlib import PurePosixPath
+from contextlib import suppress
+from functools import cache
+from importlib.machinery import PathFinder
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal, NamedTuple, get_args
 
 from pydantic import Field, PositiveFloat, PositiveInt
@@ -53,6 +57,7 @@ REASONS = (
 )
 """Every reason for a reject begins with one of these, before the first colon."""
 
+_START = "import sys; sys.path += sys.argv[4:]; from core.text import parsing_worker; parsing_worker.main(*sys.argv[1:4])"
 _GRACE_S = 5.0
 _LONGEST_ANSWER_LINE = 64 * 2**10
 
@@ -89,13 +94,13 @@ class _Worker:
     def __init__(self, limits: ParseLimits) -> None:
         self.parsed, self._limits = 0, limits
         sizes = str(limits.parse_memory_bytes), str(limits.parse_timeout_s), str(limits.max_document_bytes)
-        libraries = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
         self._process = subprocess.Popen(
-            [sys.executable, "-s", "-P", parsing_worker.__file__, *sizes],
+            [sys.executable, "-I", "-S", "-c", _START, *sizes, *_folders()],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env={"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **libraries},
+            cwd="/",
+            env={name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ},
             start_new_session=True,
         )
         self.close = weakref.finalize(self, _end, self._process)
@@ -115,7 +120,7 @@ class _Worker:
             if size > self._limits.max_document_bytes:
                 return None
             text = answers.read(size).decode()
-        except (BrokenPipeError, ValueError, KeyError, TypeError):
+        except (BrokenPipeError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
             return None
         finally:
             timer.cancel()
@@ -132,9 +137,31 @@ class _Worker:
         return signal.Signals(-code).name if code < 0 else f"exit code {code}"
 
 
+@cache
+def _folders() -> list[str]:
+    """Where a worker finds this project and the foreign code: all that it may import beside the standard library.
+
+    They come after the standard library, and the caller's own search path is not among them: it may begin with the current
+    folder, which is often the corpus, and a `json.py` there would run.
+    """
+    folders = [str(Path(parsing_worker.__file__).parents[2])]
+    installed = [sysconfig.get_path(name) for name in ("purelib", "platlib")]
+    for name in parsing_worker.LIBRARIES:
+        found = PathFinder.find_spec(name, [*installed, *sys.path])
+        assert found is not None and found.origin is not None, f"{name} is not installed"
+        folders.append(str(Path(found.origin).parents[1]))
+    return list(dict.fromkeys(folders))
+
+
 def _end(process: subprocess.Popen[bytes]) -> None:
-    with process:
-        process.kill()
+    """Ends a worker, dead or alive, and never raises: its pipe may be broken and still hold a part of a request."""
+    process.kill()
+    for pipe in (process.stdin, process.stdout):
+        assert pipe is not None
+        with suppress(BrokenPipeError):
+            pipe.close()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(_GRACE_S)
 
 
 class Parser:
@@ -165,7 +192,10 @@ class Parser:
     def _ask(self, kind: Kind, data: bytes) -> Parsed | Reject:
         """A worker that ends over a file ends because of it only if the file was its first: else the file gets another."""
         while True:
-            worker = self._worker = self._worker or _Worker(self.limits)
+            try:
+                worker = self._worker = self._worker or _Worker(self.limits)
+            except OSError as error:
+                return Reject(f"parser crashed: it cannot be started: {error.strerror}")
             start, fresh = time.monotonic(), worker.parsed == 0
             answer = worker.ask(kind, data)
             full = answer == Reject("out of memory")

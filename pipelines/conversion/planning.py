@@ -33,9 +33,10 @@ from core.text.parsing import Parser
 from core.text.tokens import read
 from core.writing.writer import WindowRule
 from pipelines.conversion.recipe import DTYPES, ConvertRecipe
-from pipelines.corpus.files import UNKNOWN_SIZE, File, filesystem, os_errors, suffixes
+from pipelines.corpus.files import UNKNOWN_SIZE, File, filesystem, suffixes
 from pipelines.corpus.listing import list_files
-from pipelines.corpus.records import FORMATS, Reading, is_whole, read_files
+from pipelines.corpus.reading import Reading, attempt
+from pipelines.corpus.records import FORMATS, has_rows, is_whole, read_files
 from pipelines.evaluation.lift_comparison import plan as plan_lift
 from pipelines.world.reference import REFERENCE
 
@@ -275,7 +276,7 @@ def _estimate(kind: _Kind, cut: _Cut, parser: Parser, reading: Reading, most: in
     Of rows the first of a block has its bytes (`pipelines.corpus.records`), so what is begun of a block is read to its end.
     """
     drawn = [_sized(file) for file in kind.drawn]
-    one_each = not any(map(_has_rows, drawn))
+    one_each = not any(map(has_rows, drawn))
     files_read, read_bytes, volume = 0, 0, Volume()
     few = (drawn[start : start + FETCHED_FILES] for start in range(0, len(drawn), FETCHED_FILES))
     for number, reads in enumerate(chain.from_iterable(read_files(files, parser, reading) for files in few)):
@@ -299,16 +300,9 @@ def _estimate(kind: _Kind, cut: _Cut, parser: Parser, reading: Reading, most: in
     return estimate, read_bytes
 
 
-def _has_rows(file: File) -> bool:
-    return not file.reason and not is_whole(file) and "".join(suffixes(file.name)) in FORMATS
-
-
 def _sized(file: File) -> File:
     """With its size where a listing did not say it; 0 where it cannot be had."""
     if file.size_bytes != UNKNOWN_SIZE or file.reason:
         return file._replace(size_bytes=max(file.size_bytes, 0))
-    try:
-        with os_errors():
-            return file._replace(size_bytes=int(filesystem(file.url).size(file.url) or 0))
-    except OSError:
-        return file._replace(size_bytes=0)
+    size = attempt(lambda: int(filesystem(file.url).size(file.url) or 0))
+    return file._replace(size_bytes=0 if isinstance(size, Exception) else size)

@@ -28,8 +28,8 @@ from core.store.store import Store
 from core.text.documents import nfc
 from pipelines.conversion.receipts import Pruned, Receipt
 from pipelines.corpus.files import suffixes
+from pipelines.corpus.rows import READERS
 
-ROW_FORMS = {".jsonl", ".ndjson", ".parquet"}
 HIDING = ("cannot be read", "not a URL")
 DELETED_AT_ONCE = 10_000
 
@@ -79,7 +79,7 @@ class SeenNames:
 def _hides(name: str, reason: str) -> bool:
     """Whether a reject may stand for documents by other names: a file of rows, one of its lines, what could not be read."""
     form, _ = suffixes(name.rpartition("#")[0] or name)
-    return reason.startswith(HIDING) or form in ROW_FORMS
+    return reason.startswith(HIDING) or form in READERS
 
 
 def _hash(name: str) -> int:

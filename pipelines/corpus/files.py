@@ -1,8 +1,8 @@
 """One file of a source, opened: where it lies, whether it may be read, and its bytes as a stream, decompressed where it must be.
 
 In: a `File`, whose URL any of fsspec's file systems opens (`s3://` with AWS' own chain of credentials; `s3fs` retries what
-passes). Out: streams of bytes that raise `OSError` alone. A file below a local folder is opened only where it really lies inside
-it: links that lead out are refused. Knows nothing of formats.
+passes). Out: streams of bytes. A file below a local folder is opened only where it really lies inside it, or inside the same
+repository of a Hugging Face cache: other links are refused. Knows nothing of formats.
 """
 
 import io
@@ -10,15 +10,18 @@ import os
 import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import PurePosixPath
+from pathlib import PurePath, PurePosixPath
 from typing import IO, NamedTuple
 
 import fsspec
 import pyarrow as pa
 from fsspec.asyn import AsyncFileSystem
 
+from core.text.decoding import Refused
+
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
-LINK_OUT, LINK_TO_FOLDER = "a link that leaves the folder", "a link to a folder: its files are read in place"
+LINK_OUT = "a link that leaves the folder: copy the file to its place, or give the folder that it lies in"
+LINK_TO_FOLDER = "a link to a folder: its files are read in place"
 UNKNOWN_SIZE = -1
 BUFFER_BYTES = 64 * 2**10
 
@@ -57,12 +60,19 @@ def inside(path: str, root: str) -> bool:
     return os.path.commonpath([os.path.realpath(path), root]) == root
 
 
+def _inside_cache(path: str) -> bool:
+    """Whether a path is a link from `snapshots` to a file in `blobs` of one repository of a Hugging Face cache."""
+    blobs = os.path.dirname(os.path.realpath(path))
+    snapshots = (folder for folder in PurePath(path).parents if folder.name == "snapshots")
+    return any(os.path.join(folder.parent, "blobs") == blobs for folder in snapshots)
+
+
 def refusal(file: File) -> str:
     """Why a file must not be opened; "" where it may."""
     if file.reason or not is_local(file.url):
         return file.reason
-    path = local_path(file.url)
-    if file.root and not inside(path, file.root):
+    path = _path(file.url)
+    if file.root and not inside(path, file.root) and not _inside_cache(path):
         return LINK_OUT
     try:
         return "" if stat.S_ISREG(os.stat(path).st_mode) else "not a regular file"
@@ -70,14 +80,18 @@ def refusal(file: File) -> str:
         return unreadable(error)
 
 
-def local_path(url: str) -> str:
-    return os.path.realpath(str(filesystem(url)._strip_protocol(url)))
+def _path(url: str) -> str:
+    return str(filesystem(url)._strip_protocol(url))
 
 
 def unreadable(error: Exception) -> str:
     """The reason that an error on opening or reading is."""
-    said = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return f"cannot be read: {printable(said)[:300]}"
+    if isinstance(error, Refused):
+        return str(error)
+    said = getattr(error, "strerror", None) or str(error)
+    if not said or not isinstance(error, OSError | ValueError | pa.ArrowException):
+        said = f"{type(error).__name__} {said}"
+    return f"cannot be read: {printable(' '.join(said.split()))[:300]}"
 
 
 def suffixes(name: str) -> tuple[str, str]:
@@ -89,13 +103,13 @@ def suffixes(name: str) -> tuple[str, str]:
 @contextmanager
 def open_file(file: File) -> Iterator[IO[bytes]]:
     """A file's bytes, as they lie there."""
-    target = local_path(file.url) if is_local(file.url) else file.url
+    target = os.path.realpath(_path(file.url)) if is_local(file.url) else file.url
     with os_errors(), filesystem(file.url).open(target, "rb") as stream:
         yield stream
 
 
 def buffered(stream: IO[bytes], suffix: str) -> io.BufferedReader:
-    """The bytes of a stream, or those behind it where it is compressed as `suffix` says. The stream stays its owner's to close.
+    """The bytes of a stream, or those behind it where it is compressed as `suffix` says; then Arrow closes the stream with this.
 
     Reading raises `OSError` where what is compressed is damaged, cut short, or grows beyond 64 MB and 250 times what was read.
     """
@@ -130,31 +144,25 @@ class _Decompressed(_Plain):
         return read
 
 
-def fetch(files: Sequence[File], limit: int) -> list[bytes | Exception]:
-    """At most `limit` + 1 bytes of each of several files of one file system that is not local, fetched at the same time."""
+def fetch(files: Sequence[File], limit: int) -> "list[bytes | Exception | None]":
+    """At most `limit` + 1 bytes of each of several files of one file system that is not local, fetched at the same time.
+
+    An error in a file's place is that file's own; None stands where the file system fetches one file at a time.
+    """
     fs = filesystem(files[0].url)
-    if isinstance(fs, AsyncFileSystem):
-        found = fs.cat_ranges([file.url for file in files], 0, limit + 1, on_error="return")
-        return [_settled(fs, file, data) for file, data in zip(files, found, strict=True)]
-    fetched: list[bytes | Exception] = []
-    for file in files:
-        try:
-            with open_file(file) as stream:
-                fetched.append(stream.read(limit + 1))
-        except OSError as error:
-            fetched.append(error)
-    return fetched
+    if not isinstance(fs, AsyncFileSystem):
+        return [None] * len(files)
+    found = fs.cat_ranges([file.url for file in files], 0, limit + 1, on_error="return")
+    return [_settled(fs, file, data) for file, data in zip(files, found, strict=True)]
 
 
 def _settled(fs: fsspec.AbstractFileSystem, file: File, data: bytes | Exception) -> bytes | Exception:
-    """A range of an empty object is an error on S3; errors of the caller's making are raised."""
-    if isinstance(data, bytes):
+    """A range of an empty object is an error on S3."""
+    if isinstance(data, bytes | FileNotFoundError | PermissionError):
         return data
     try:
         with os_errors():
-            if isinstance(data, FileNotFoundError | PermissionError) or fs.size(file.url) != 0:
-                raise data
-            return b""
+            return b"" if fs.size(file.url) == 0 else data
     except OSError as error:
         return error
 

@@ -48,7 +48,9 @@ _WILDCARD = re.compile(r"[*?\[]")
 
 
 def absolute(url: str) -> str:
-    """The same files from any working directory."""
+    """The same files from any working directory. Raises `ValueError` for an empty path, which would be that directory itself."""
+    if not (fsspec.core.split_protocol(url.removeprefix(LISTING))[1] or "").strip():
+        raise ValueError(f"the source {url!r} is empty: give a file, a folder, a pattern, or @ and a file that lists URLs")
     if url.startswith(LISTING):
         return LISTING + absolute(url.removeprefix(LISTING))
     return os.path.abspath(str(filesystem(url)._strip_protocol(url))) if is_local(url) else url
@@ -56,6 +58,7 @@ def absolute(url: str) -> str:
 
 def list_files(url: str) -> Iterator[File]:
     """The files that a URL stands for. Raises `ValueError` where there is nothing, and `OSError` where that cannot be told."""
+    url = absolute(url)
     if url.startswith(LISTING):
         return chain.from_iterable(map(_listed, list_files(url.removeprefix(LISTING))))
     with os_errors():
@@ -64,12 +67,12 @@ def list_files(url: str) -> Iterator[File]:
 
 def _found(url: str) -> Iterator[File]:
     fs, local = filesystem(url), is_local(url)
-    path = str(fs._strip_protocol(url))
-    path = os.path.realpath(path) if local else path
+    given = str(fs._strip_protocol(url))
+    path = os.path.realpath(given) if local else given
     fs.invalidate_cache()
     if fs.isfile(path) or (local and os.path.exists(path) and not os.path.isdir(path)):
         if local:
-            return iter([_local_file(path, os.path.dirname(path))])
+            return iter([_local_file(path, os.path.dirname(path))._replace(name=printable(os.path.basename(given)))])
         return iter([File(PurePosixPath(path).name, str(fs.unstrip_protocol(path)), int(fs.size(path) or 0))])
     if fs.isdir(path):
         return _walk(fs, path, local)
@@ -127,7 +130,10 @@ def _local_file(path: str, root: str) -> File:
         return File(printable(name), printable(path), 0, root, "the file's name is not UTF-8")
     if os.path.isdir(path):
         return File(name, path, 0, root, LINK_TO_FOLDER if inside(path, root) else LINK_OUT)
-    return File(name, path, os.path.getsize(path) if os.path.exists(path) else 0, root)
+    try:
+        return File(name, path, os.path.getsize(path), root)
+    except OSError as error:  # a link to nothing, or gone since the folder was read
+        return File(name, path, 0, root, unreadable(error))
 
 
 def _remote_files(fs: fsspec.AbstractFileSystem, root: str) -> Iterator[File]:

@@ -24,7 +24,9 @@ from core.text.documents import nfc
 from core.text.parsing import Parser
 from pipelines.corpus.files import UNKNOWN_SIZE, File, printable
 from pipelines.corpus.listing import absolute, list_files
-from pipelines.corpus.records import BATCH_BYTES, BATCH_ROWS, FORMATS, Reading, read_files, runs
+from pipelines.corpus.reading import Reading
+from pipelines.corpus.records import FORMATS, read_files, runs
+from pipelines.corpus.rows import BATCH_BYTES, BATCH_ROWS
 
 ROWS = pa.schema(
     [
@@ -149,7 +151,8 @@ def _read_piece(piece: list[File], source: Source) -> Iterator[pa.Table]:
     rows: list[tuple[Any, ...]] = []
     held, read_at = 0, time.time()
     for name, title, text, reason, size in chain.from_iterable(read_files(piece, _parser(source.reading), source.reading)):
-        rows.append((source.tenant, source.collection, printable(name), title, text, reason, size, read_at))
+        said = None if reason is None else printable(reason)
+        rows.append((source.tenant, source.collection, printable(name), title, text, said, size, read_at))
         held += len(text or "")
         if len(rows) >= BATCH_ROWS or held >= BATCH_BYTES:
             yield _table(rows)

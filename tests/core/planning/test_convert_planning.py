@@ -1,10 +1,13 @@
 """Plans of conversion: FLOPs as torch counts them, samples against the whole, money by hand, and what it took beside it."""
 
+import gzip
 import json
 import random
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from rich.console import Console
@@ -214,6 +217,19 @@ def test_every_kind_of_file_stands_for_itself(tmp_path: Path) -> None:
     plan = plan_conversion(str(tmp_path), recipe("sample.documents=60"))
     assert plan.volume.rejected == 31 and plan.volume.files == len(DOCUMENTS) + 31
     assert plan.volume.documents == len(DOCUMENTS) and plan.volume.tokens == pytest.approx(sum(TOKENS), rel=0.1)
+
+
+def test_what_cannot_be_read_is_counted_and_stops_nothing(tmp_path: Path) -> None:
+    """Two columns of one name, a date that Python has no type for, a page that breaks off."""
+    corpus(tmp_path, "files")
+    twice = pa.Table.from_arrays([pa.array(["One."]), pa.array(["Two."])], ["text", "text"])
+    pq.write_table(twice, tmp_path / "twice.parquet")
+    late = pa.table({"id": pa.array([3_000_000, 0], pa.int32()).cast(pa.date32()), "text": ["One.", "Two."]})
+    pq.write_table(late, tmp_path / "late.parquet")
+    (tmp_path / "page.html.gz").write_bytes(gzip.compress(b"<p>One.")[:-4])
+    plan = plan_conversion(str(tmp_path), recipe())
+    assert plan.volume.rejected == 3 and plan.volume.documents == len(DOCUMENTS) + 1
+    assert plan.volume.sampled == len(DOCUMENTS) + 4
 
 
 def test_a_listing_without_sizes_is_estimated(tmp_path: Path) -> None:

@@ -228,6 +228,32 @@ def test_a_crash_is_the_files_own_only_in_a_fresh_worker() -> None:
     parser.close()
 
 
+def killed(worker: psutil.Process) -> None:
+    """Kills a worker and returns once its pipes are broken."""
+    worker.kill()
+    while worker.status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("size", [4, 100_000])
+def test_the_end_of_a_dead_worker_raises_nothing(size: int) -> None:
+    parser = Parser()
+    texts(parser, "html", b"<p>one")
+    killed(workers()[-1])
+    assert texts(parser, "html", b"<p>" + b"x" * size).text == "x" * size
+    killed(workers()[-1])
+    parser.close()
+    parser.close()
+    texts(parser, "html", b"<p>two")
+    killed(workers()[-1])
+    del parser
+
+
+def test_a_worker_that_cannot_be_started_is_a_reject(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/no/python")
+    assert Parser().parse("html", b"<p>x") == Reject("parser crashed: it cannot be started: No such file or directory")
+
+
 def test_a_worker_that_stands_still_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parsing, "_GRACE_S", 0.5)
     parser = Parser(ParseLimits(parse_timeout_s=0.5))
@@ -277,7 +303,7 @@ def test_workers_see_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     parser = Parser()
     texts(parser, "html", b"<p>x")
     worker = workers()[-1]
-    assert set(worker.environ()) <= {"LD_LIBRARY_PATH", "PYTHONPATH", "LC_CTYPE"}
+    assert set(worker.environ()) <= {"LD_LIBRARY_PATH", "LC_CTYPE"}
     assert {descriptor for descriptor in os.listdir(f"/proc/{worker.pid}/fd") if int(descriptor) > 4} == set()
     parser.close()
 

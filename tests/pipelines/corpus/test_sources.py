@@ -4,6 +4,7 @@ import json
 import os
 import random
 import string
+import sys
 import tracemalloc
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 
 from pipelines.corpus import files, listing, sources
 from pipelines.corpus.listing import list_files
-from pipelines.corpus.records import Reading
+from pipelines.corpus.reading import Reading
 from tests.pdf_files import pdf
 from tests.s3 import CUT_WITHIN, DENIED, INTERNAL_ERROR, SLOW_DOWN, Fault, FaultProxy
 
@@ -58,9 +59,13 @@ def write_formats(folder: Path) -> dict[str, str]:
     (folder / "f.jsonl.gz").write_bytes(gzip.compress(lines("Zipped.")) + gzip.compress(lines("Twice.")))
     (folder / "g.ndjson.zst").write_bytes(zstd(lines("Packed.")))
     pq.write_table(pa.table({"text": ["Row."]}), folder / "h.parquet")
+    (folder / "i.json").write_bytes(b'[{"text": "Element."}]')
+    (folder / "j.csv").write_bytes(b"text,title\r\nCell.,\r\n")
+    (folder / "k.txt.gz").write_bytes(gzip.compress(b"Small."))
     return {
         "a.txt": "Text.", "b.md": "# Title\nMarkdown.", "c.html": "HTML.", "d.pdf": "PDF.", "e.jsonl#0": "Line.",
         "f.jsonl.gz#0": "Zipped.", "f.jsonl.gz#1": "Twice.", "g.ndjson.zst#0": "Packed.", "h.parquet#0": "Row.",
+        "i.json#0": "Element.", "j.csv#0": "Cell.", "k.txt.gz": "Small.",
     }  # fmt: skip
 
 
@@ -184,6 +189,110 @@ def test_a_folder_that_may_not_be_read_is_a_reject(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(os, "scandir", scandir)  # root may read everything
     assert reasons_of(rows_of(str(tmp_path))) == {"a": "cannot be read"}
+
+
+def test_a_file_that_vanishes_while_it_is_listed_is_a_reject(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_tree(tmp_path)
+    size = os.path.getsize
+
+    def getsize(path: str) -> int:
+        if path.endswith("b.txt"):
+            os.unlink(path)
+        return size(path)
+
+    monkeypatch.setattr(os.path, "getsize", getsize)
+    unread = {file.name: file.reason for file in list_files(str(tmp_path)) if file.reason}
+    assert unread == dict.fromkeys(["a-b.txt", "a/b.txt"], "cannot be read: No such file or directory")
+
+
+def test_a_listing_may_name_what_no_package_opens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.txt").write_text("Text.")
+    (tmp_path / "list").write_text(f"sftp://host/a.txt\n{tmp_path}/a.txt\n")
+    monkeypatch.setitem(sys.modules, "paramiko", None)
+    rows = rows_of(f"@{tmp_path}/list")
+    assert reasons_of(rows) == {"sftp://host/a.txt": "cannot be read"} and texts_of(rows) == {f"{tmp_path}/a.txt": "Text."}
+
+
+def test_an_error_of_a_file_systems_own_is_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = fsspec.filesystem("memory")
+    memory.pipe({"/own/a.txt": b"One.", "/own/b.txt": b"Two.", "/own/c.jsonl": lines("Three.")})
+    opened = memory._open
+
+    def forbidding(path: str, **kwargs: Any) -> Any:
+        if "b" in path:
+            raise LookupError("403")
+        return opened(path, **kwargs)
+
+    monkeypatch.setattr(memory, "_open", forbidding)
+    urls = [f"memory://own/{name}" for name in ("a.txt", "b.txt", "c.jsonl")]
+    (tmp_path / "list").write_text("\n".join(urls))
+    rows = rows_of(f"@{tmp_path}/list")
+    assert texts_of(rows) == {urls[0]: "One.", f"{urls[2]}#0": "Three."} and reasons_of(rows) == {urls[1]: "cannot be read"}
+
+
+@pytest.mark.parametrize("url", ["", " ", "@", "@ ", "file://", "s3://", "@s3://"])
+def test_an_empty_source_is_refused(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_tree(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"the source .* is empty: give a file"):
+        sources.open_source(url, "t", "c")
+    with pytest.raises(ValueError, match=r"the source .* is empty: give a file"):
+        list(list_files(url))
+
+
+def write_cache(hub: Path) -> Path:
+    """A repository of a Hugging Face cache, whose files are links. Returns the folder of its snapshot."""
+    snapshot = hub / "datasets--acme--docs" / "snapshots" / "abc"
+    (snapshot / "data").mkdir(parents=True)
+    blobs = hub / "datasets--acme--docs" / "blobs"
+    blobs.mkdir()
+    (blobs / "1f2e").write_bytes(lines("Linked."))
+    pq.write_table(pa.table({"text": ["Deeper."]}), blobs / "3c4d")
+    (snapshot / "train.jsonl").symlink_to("../../blobs/1f2e")
+    (snapshot / "data" / "train.parquet").symlink_to("../../../blobs/3c4d")
+    (snapshot / "absolute.jsonl").symlink_to(blobs / "1f2e")
+    return snapshot
+
+
+def test_files_of_a_hugging_face_cache_are_read(tmp_path: Path) -> None:
+    snapshot = write_cache(tmp_path / "hub")
+    texts = {"train.jsonl#0": "Linked.", "data/train.parquet#0": "Deeper.", "absolute.jsonl#0": "Linked."}
+    rows = rows_of(str(snapshot))
+    assert texts_of(rows) == texts and reasons_of(rows) == {}
+    assert texts_of(rows_of(f"{snapshot}/train.jsonl")) == {"train.jsonl#0": "Linked."}
+    assert texts_of(rows_of(f"{snapshot}/**/*.parquet")) == {"data/train.parquet#0": "Deeper."}
+    assert texts_of(rows_of(str(snapshot / "data"))) == {"train.parquet#0": "Deeper."}
+    (tmp_path / "notes").symlink_to(snapshot)
+    assert texts_of(rows_of(str(tmp_path / "notes"))) == texts
+
+
+def test_no_link_leads_out_of_a_cache_or_looks_like_one(tmp_path: Path) -> None:
+    snapshot = write_cache(tmp_path / "hub")
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "hub" / "blobs").mkdir()
+    (tmp_path / "hub" / "datasets--acme--docs" / "blobs" / "deep").mkdir()
+    places = {
+        "outside.txt": tmp_path / "secret.txt",
+        "other.txt": tmp_path / "hub" / "blobs" / "5e6f",
+        "beside.txt": tmp_path / "hub" / "datasets--acme--docs" / "refs.txt",
+        "through.txt": tmp_path / "hub" / "datasets--acme--docs" / "blobs" / "link",
+        "deep.txt": tmp_path / "hub" / "datasets--acme--docs" / "blobs" / "deep" / "1f",
+    }
+    for name, place in places.items():
+        if name != "through.txt":
+            place.write_text("A secret.")
+        (snapshot / name).symlink_to(place)
+    places["through.txt"].symlink_to(tmp_path / "secret.txt")
+    (snapshot / "blobs").symlink_to(tmp_path / "blobs")
+    rows = rows_of(str(snapshot))
+    assert reasons_of(rows) == dict.fromkeys([*places, "blobs"], "a link that leaves the folder")
+    assert all("copy the file" in row["reason"] for row in rows if row["reason"])
+    assert len(texts_of(rows)) == 3
+    (tmp_path / "corpus" / "snapshots").mkdir(parents=True)
+    (tmp_path / "corpus" / "blobs").symlink_to(tmp_path / "blobs")
+    (tmp_path / "blobs" / "7a8b").write_text("A secret.")
+    (tmp_path / "corpus" / "snapshots" / "a.txt").symlink_to("../blobs/7a8b")
+    assert texts_of(rows_of(str(tmp_path / "corpus"))) == {}
 
 
 def test_a_listing_names_files_anywhere(tmp_path: Path) -> None:
@@ -316,7 +425,7 @@ def test_a_bucket_that_cannot_be_listed_is_an_error(bucket: str, proxy: FaultPro
         sources.open_source(f"s3://{bucket}/docs", "t", "c")
 
 
-FORMATS = st.sampled_from([".jsonl", ".jsonl.gz", ".ndjson.zst", ".parquet"])
+FORMATS = st.sampled_from([".jsonl", ".jsonl.gz", ".ndjson.zst", ".parquet", ".json", ".csv", ".tsv.zst", ".html.gz"])
 GOOD = lines("One.", "é" * 30, "Three.")
 
 
@@ -326,7 +435,17 @@ def parquet() -> bytes:
     return buffer.getvalue()
 
 
-WHOLE = {".jsonl": GOOD, ".jsonl.gz": gzip.compress(GOOD), ".ndjson.zst": zstd(GOOD), ".parquet": parquet()}
+TABLE = 'id,text\r\n1,One.\r\n2,"é, ""é""\n"\r\n'.encode()
+WHOLE = {
+    ".jsonl": GOOD,
+    ".jsonl.gz": gzip.compress(GOOD),
+    ".ndjson.zst": zstd(GOOD),
+    ".parquet": parquet(),
+    ".json": b"[" + b",\n".join(GOOD.splitlines()) + b"]",
+    ".csv": TABLE,
+    ".tsv.zst": zstd(TABLE.replace(b",", b"\t")),
+    ".html.gz": gzip.compress(b"<table><tr><td>1<sup>2</sup><td>3</table>"),
+}
 
 
 @settings(max_examples=300)
