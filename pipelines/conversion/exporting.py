@@ -9,21 +9,23 @@ from typing import Literal
 from core.adapters.base_model import BaseModel, load_base
 from core.adapters.foreign_formats import holds_peft, peft_base_name, write_peft
 from core.adapters.lora import LoraWeights
+from core.store.answering import choose
 from core.store.manifest import AdapterRow
 from core.store.store import Store
 
-Lack = Literal["no adapter", "gated memory", "another base"]
+Lack = Literal["no adapter", "gated memory", "another base", "withheld"]
 LACKS: dict[Lack, str] = {
     "no adapter": "no adapter yet: run `imprint convert` on it",
     "gated memory": "a gated memory, which PEFT knows no form of: lift it as a lora or pissa to export",
     "another base": "adapters for another base only: give --base the base that they were made for",
+    "withheld": "no LoRA that answers for the whole of it: `imprint store show` says why",
 }
 
 
 def export_peft(
     store_url: str, tenant: str, collection: str, name: str, base: str, out: Path, base_name: str | None = None
 ) -> None:
-    """Writes the document's newest LoRA for this base. base_name: as of `core.adapters.foreign_formats.write_peft`.
+    """Writes the LoRA that answers for the document on this base. base_name: as of `core.adapters.foreign_formats.write_peft`.
 
     Raises `ValueError` where there is no such document, or no such LoRA of it.
     """
@@ -32,19 +34,19 @@ def export_peft(
     if row is None:
         raise ValueError(f"no document {name!r} in collection {collection!r}: names are relative to the converted folder")
     adapters = store.find_adapters(tenant, row.content_hash)
-    if not isinstance(found := _newest_lora(store, adapters, None), AdapterRow):
+    if not isinstance(found := _answering_lora(store, adapters, None), AdapterRow):
         raise ValueError(f"{name!r} has {LACKS[found]}")
     loaded = load_base(base)
-    newest = _newest_lora(store, adapters, _made_for(store, loaded))
-    if not isinstance(newest, AdapterRow):
-        raise ValueError(f"{name!r} has {LACKS[newest]}")
-    _write(store, newest, loaded, out, base_name)
+    answering = _answering_lora(store, adapters, _made_for(store, loaded))
+    if not isinstance(answering, AdapterRow):
+        raise ValueError(f"{name!r} has {LACKS[answering]}")
+    _write(store, answering, loaded, out, base_name)
 
 
 def export_many(
     store_url: str, tenant: str, collection: str | None, prefix: str, base: str, out: Path, base_name: str | None = None
 ) -> tuple[int, Counter[Lack]]:
-    """Writes the newest LoRA for this base of each document; says how many, and how many documents have none, by what they lack.
+    """Writes the LoRA that answers for each document on this base; says how many, and how many documents lack one, by what.
 
     `out` has a directory for each adapter, by its id, and `documents.jsonl`, which says whose it is: documents of one text share
     one. What is there already is kept, so that an export can go on. Raises `ValueError` where there is nothing to write.
@@ -56,15 +58,15 @@ def export_many(
     unfinished = out / "documents.jsonl.unfinished"
     with unfinished.open("w") as listing:
         for row, adapters in store.each_document(tenant, collection, prefix):
-            newest = _newest_lora(store, adapters, fitting)
-            if not isinstance(newest, AdapterRow):
-                lacks[newest] += 1
+            answering = _answering_lora(store, adapters, fitting)
+            if not isinstance(answering, AdapterRow):
+                lacks[answering] += 1
                 continue
-            directory = out / newest.adapter_id
-            if newest.adapter_id not in written and not holds_peft(directory, named):
-                _write(store, newest, loaded, directory, base_name)
-            written.add(newest.adapter_id)
-            names = {"tenant": row.tenant, "collection": row.collection, "name": row.name, "adapter": newest.adapter_id}
+            directory = out / answering.adapter_id
+            if answering.adapter_id not in written and not holds_peft(directory, named):
+                _write(store, answering, loaded, directory, base_name)
+            written.add(answering.adapter_id)
+            names = {"tenant": row.tenant, "collection": row.collection, "name": row.name, "adapter": answering.adapter_id}
             listing.write(json.dumps(names, ensure_ascii=False) + "\n")
     if not written:
         unfinished.unlink()
@@ -80,13 +82,13 @@ def _made_for(store: Store, base: BaseModel) -> set[str]:
     return {fingerprint for fingerprint, producer in producers if producer.config.get("base") == base.fingerprint}
 
 
-def _newest_lora(store: Store, adapters: Sequence[AdapterRow], producers: Collection[str] | None) -> AdapterRow | Lack:
-    """The newest LoRA of these producers (None: of any); what is lacking where there is none."""
+def _answering_lora(store: Store, adapters: Sequence[AdapterRow], producers: Collection[str] | None) -> AdapterRow | Lack:
+    """Of the LoRAs of these producers (None: of any) the one that a server answers by; what is lacking where there is none."""
     loras = [adapter for adapter in adapters if store.spec(adapter.spec_fingerprint).kind == "lora"]
     fitting = [adapter for adapter in loras if producers is None or adapter.producer_fingerprint in producers]
-    if fitting:
-        return max(fitting, key=lambda adapter: (adapter.created, adapter.adapter_id))
-    return "another base" if loras else "gated memory" if adapters else "no adapter"
+    if not fitting:
+        return "another base" if loras else "gated memory" if adapters else "no adapter"
+    return choose(fitting).row or "withheld"
 
 
 def _write(store: Store, adapter: AdapterRow, base: BaseModel, out: Path, base_name: str | None) -> None:

@@ -209,3 +209,21 @@ def test_an_export_goes_on_where_it_ended(bases: tuple[Path, Path], tmp_path: Pa
     names = {json.loads(file.read_text())["base_model_name_or_path"] for file in out.glob("*/adapter_config.json")}
     assert names == {"org/base"}
     assert len((out / "documents.jsonl").read_text().splitlines()) == 3 and len(list(out.iterdir())) == 4
+
+
+def test_an_export_holds_what_answers_and_nothing_that_is_withheld(bases: tuple[Path, Path], tmp_path: Path) -> None:
+    base, store = load_base(bases[0]), Store.open(tmp_path / "store", create=True)
+    put(store, "one", "The text of one.", base.fingerprint, base.spec(4))
+    first = store.find_adapters("default", Document(tenant="t", collection="c", name="n", text="The text of one.").content_hash)[
+        0
+    ]
+    producer = Producer(method="lift", weights="w", config={"base": base.fingerprint})
+    for content in (first.content_hash, Document(tenant="t", collection="c", name="n", text="Another text.").content_hash):
+        vector = torch.randn(base.spec(4).numel, generator=torch.Generator().manual_seed(1))
+        names = {"tenant": "default", "content_hash": content, "window": Window(0, 3), "tokens": 3, "encoding": "fp32"}
+        held = NewAdapter(**names, producer=producer, spec=base.spec(4), vector=vector, withheld=True, questions=9)
+        store.put([Document(tenant="default", collection="default", name=content[:4], text="Another text.")], [held])
+    run("store", "export", store.url, tmp_path / "out", "--base", bases[0])
+    assert [path.name for path in (tmp_path / "out").iterdir() if path.is_dir()] == [first.adapter_id]
+    other = Document(tenant="t", collection="c", name="n", text="Another text.").content_hash[:4]
+    assert "no LoRA that answers" in run("export", store.url, other, tmp_path / "alone", "--base", bases[0], code=2)
