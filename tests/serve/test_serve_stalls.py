@@ -1,4 +1,4 @@
-"""A store that hangs, fails or tells too much: who waits, who does not, and what clients hear of it. Storage is held by events."""
+"""A store that hangs, fails or tells too much: who waits, who does not, what clients hear of it. Events hold the storage."""
 
 import asyncio
 import logging
