@@ -30,7 +30,7 @@ from serve.settings import ServeSettings
 APPLICATION = "imprint"
 DEPLOYMENT = "Replica"
 _SPARE_CALLS = 64
-_REASON = re.compile(r'NotStarted: (\[".*"\])')
+REASON = re.compile(r'NotStarted: (\[".*"\])')
 
 
 def load_service(settings: ServeSettings) -> Service:
@@ -126,7 +126,7 @@ def _why_not_started() -> str | None:
     """The reason that a replica gave for not starting; None where none did."""
     application = rs.status().applications.get(APPLICATION)
     status = None if application is None else application.deployments.get(DEPLOYMENT)
-    if status is None or (found := _REASON.search(status.message)) is None:
+    if status is None or (found := REASON.search(status.message)) is None:
         return None
     reason: str = json.loads(found[1])[0]
     return reason

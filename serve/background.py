@@ -17,4 +17,5 @@ async def repeat(what: str, every_s: float, work: Callable[[], Awaitable[None]])
         finally:
             turn.cancel()
         if not turn.cancelled() and (error := turn.exception()) is not None:
-            log.warning("%s failed, and will be tried again: %s: %s", what, type(error).__name__, error, exc_info=error)
+            place = None if isinstance(error, (OSError, ValueError)) else error  # which say themselves what is wrong
+            log.warning("%s failed, and will be tried again: %s: %s", what, type(error).__name__, error, exc_info=place)

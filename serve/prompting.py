@@ -21,7 +21,7 @@ import re
 import threading
 from array import array
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -38,7 +38,8 @@ _LONG = 2048
 _END = 512
 """Characters of a text that is long, and of an end of it at least."""
 _SEAM = 8
-_CUT = re.compile(r"(?<=\w)(?= \w)|(?<=\S\n)(?=\w)")
+_CUTS = re.compile(r"\w \w"), re.compile(r"\w\n\w")
+"""What stands around a cut: before a blank, or behind a line feed."""
 _PROBE = "probe_of_a_place"
 _MESSAGES: list[dict[str, Any]] = [
     {"role": "user", "content": "x"},
@@ -231,19 +232,20 @@ def _alone(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def _cuts(text: str) -> tuple[int, int] | None:
-    """Where a text's ends meet its middle; None where words are not parted so."""
-    places = [_cut_in(text, _END, 2 * _END), _cut_in(text, len(text) - 2 * _END, len(text) - _END)]
-    return None if None in places else (places[0], places[1])  # type: ignore[return-value]
-
-
-def _cut_in(text: str, start: int, end: int) -> int | None:
-    """The first place between words there: before a blank or behind a line feed, where a letter follows."""
-    for match in _CUT.finditer(text, start, end):
-        at = match.start()
-        before, after = (text[at - 1], text[at + 1]) if text[at] == " " else ("a", text[at])
-        if before.isalpha() and after.isalpha():
-            return at
+    """Where a text's ends meet its middle, both times in the same way; None where words are not parted so."""
+    for pattern in _CUTS:
+        first = next(_places_of(pattern, text, _END, 2 * _END), None)
+        last = next(_places_of(pattern, text, len(text) - 2 * _END, len(text) - _END), None)
+        if first is not None and last is not None:
+            return first, last
     return None
+
+
+def _places_of(pattern: re.Pattern[str], text: str, start: int, end: int) -> Iterator[int]:
+    """Places of a kind that stand between letters only: to `re`, digits and signs such as a half are parts of words too."""
+    for match in pattern.finditer(text, start, end):
+        if all(letter.isalpha() for letter in match[0] if not letter.isspace()):
+            yield match.start() + (1 if text[match.start() + 1] == " " else 2)
 
 
 def _places(tokenizer: PreTrainedTokenizerBase) -> tuple[bool, bool]:

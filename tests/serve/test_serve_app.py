@@ -1,4 +1,4 @@
-"""The one test through real Ray Serve, over sockets."""
+"""Through real Ray Serve, over sockets: answers, and what is said where a replica cannot start."""
 
 import asyncio
 import json
@@ -11,7 +11,7 @@ from urllib.parse import quote
 import httpx
 import pytest
 
-from serve.app import Server, run
+from serve.app import REASON, NotStarted, Replica, Server, run
 from serve.settings import ServeRun, ServeSettings
 from tests.serving import NAMES, World, ask, make_document, make_world, offline
 
@@ -51,7 +51,9 @@ def check_answers(client: httpx.Client, world: World) -> None:
     assert sorted(models) == sorted(["base", *(f"base:{quote(name, safe='')}" for name in NAMES)])
     for number, name in enumerate(NAMES):
         model = f"base:{quote(name, safe='')}"
-        assert client.get(f"/v1/models/{quote(model, safe='')}").json()["parent"] == "base", name
+        for path in (model, quote(model, safe="")):
+            assert client.get(f"/v1/models/{path}").json()["id"] == model, path
+            assert client.head(f"/v1/models/{path}").status_code == 200
         response = client.post("/v1/chat/completions", json=ask(model))
         assert response.json()["choices"][0]["message"]["content"] == offline(world, "Who is it?", number)
         assert response.headers["X-Imprint-Source"] == "adapter"
@@ -117,6 +119,40 @@ async def check_concurrency(server: Server, world: World) -> None:
         answers = await asyncio.gather(*(patient(client, number) for number in numbers))
     assert answers == [offline(world, "Who is it?", number, tokens=30) for number in numbers]
     assert refused
+
+
+def test_why_a_replica_cannot_start_is_raised_in_its_own_words(ray_local: Any, tmp_path: Path) -> None:
+    """At the first try; the command line shows a `ValueError` as it is."""
+    settings = settings_for(make_world(tmp_path / "store", ["d"]), tmp_path / "base")
+    own = settings.model_copy(update={"run": settings.run.model_copy(update={"max_length": 99999})})
+    reason = "the server cannot start: max_length is 99999: this base takes 2 to 2048 tokens"
+    with pytest.raises(ValueError, match=f"^{reason}$"):
+        run(own)
+
+
+def test_a_replica_marks_its_reason_in_what_it_raises(tmp_path: Path) -> None:
+    world = make_world(tmp_path / "store", ["d"])
+    settings = settings_for(world, tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+
+    def reason(settings: ServeSettings) -> str:
+        with pytest.raises(NotStarted) as told:
+            Replica(settings.model_dump(mode="json"))
+        found = REASON.search(f"ray::Replica.__init__()\n  raise\nserve.app.NotStarted: {told.value}\nmore")
+        assert found is not None
+        return str(json.loads(found[1])[0])
+
+    assert "no store at" in reason(settings.model_copy(update={"store": str(tmp_path / "nothing")}))
+    windowed = config | {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 0, "layer_types": None}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(windowed))
+    assert "attends to the last 64 tokens only" in reason(settings)
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    small = settings.model_copy(update={"run": settings.run.model_copy(update={"adapter_memory_bytes": 10})})
+    assert "give more" in reason(small)
+    (tmp_path / "base" / "model.safetensors").write_bytes(b"cut short")
+    assert "Error" in reason(settings), "what is no `ValueError` is told with its name"
+    for path in (tmp_path / "base").glob("tokenizer*"):
+        path.unlink()
 
 
 def test_what_cannot_be_served_is_said_before_anything_starts(tmp_path: Path) -> None:

@@ -31,7 +31,8 @@ MESSAGES = st.lists(
 )
 PARAMETERS = [
     *("temperature", "top_p", "max_tokens", "max_completion_tokens", "stop", "seed", "stream", "stream_options", "ignore_eos"),
-    *("prompt", *NEUTRAL, *WITHOUT_EFFECT),
+    *("prompt", *NEUTRAL, *WITHOUT_EFFECT, "n", "logprobs", "top_logprobs", "echo", "tools", "tool_choice", "logit_bias"),
+    *("presence_penalty", "frequency_penalty", "best_of", "response_format"),
 ]
 BODIES = st.builds(
     lambda model, messages, others: {"model": model, "messages": messages, **others},

@@ -1,4 +1,4 @@
-"""A store that hangs, fails or tells too much: who waits, who does not, and what clients hear of it. Events hold storage."""
+"""A store that hangs, fails or tells too much: who waits, who does not, what clients hear of it. Events hold the storage."""
 
 import asyncio
 import logging
@@ -19,6 +19,10 @@ from tests.serving import World, ask, chat, make_document, make_world, offline
 
 SECRET = "s3://bucket-of-ours/prefix, arn:aws:iam::123456789012:user/secret"
 
+PATIENCE_S = 250.0
+"""What a test waits for an event that is sure to come: it ends tests that hang, and no busy machine's."""
+UNHURRIED = {"refresh_s": 1000.0, "max_stale_s": 9000.0, "store_timeout_s": PATIENCE_S, "deadline_s": PATIENCE_S}
+
 
 class HeldObjects(FileObjects):
     """Files that answer while `open` is set, and fail with `error` where there is one."""
@@ -33,7 +37,7 @@ class HeldObjects(FileObjects):
     def _pass(self) -> None:
         if not self.open.is_set():
             self.held.release()
-        assert self.open.wait(60), "the test forgot to let go"
+        assert self.open.wait(PATIENCE_S), "the test forgot to let go"
         if self.error is not None:
             raise self.error
 
@@ -68,7 +72,7 @@ class Held:
 
     async def until_held(self, calls: int = 1) -> None:
         for _ in range(calls):
-            assert await asyncio.to_thread(self.objects.held.acquire, timeout=60)
+            assert await asyncio.to_thread(self.objects.held.acquire, timeout=PATIENCE_S)
 
 
 @asynccontextmanager
@@ -77,10 +81,10 @@ async def held_world(world: World, **run: object) -> AsyncIterator[Held]:
     objects = HeldObjects(path)
     store = Store(objects, cache_bytes=0)  # so that every look-up reads
     assert store._versions.begin()
-    own = world.settings().model_copy(update={"run": ServeRun(**{"refresh_s": 100.0, "max_stale_s": 1000.0, **run})})
+    own = world.settings().model_copy(update={"run": ServeRun(**{**UNHURRIED, **run})})
     service = Service(world.base, store, own)
     transport = httpx.ASGITransport(create_app(service))
-    async with service.running(), httpx.AsyncClient(transport=transport, base_url="http://test", timeout=60) as client:
+    async with service.running(), httpx.AsyncClient(transport=transport, base_url="http://test", timeout=PATIENCE_S) as client:
         try:
             yield Held(objects, client, service)
         finally:
@@ -130,8 +134,9 @@ def test_a_store_that_hangs_holds_up_only_what_needs_it(world: World) -> None:
                 *(asyncio.create_task(held.client.get("/v1/models")) for _ in range(2)),
             ]
             await held.until_held(6)
-            while held.service.access.waiting < 6:
-                await asyncio.sleep(0)
+            async with asyncio.timeout(PATIENCE_S):
+                while held.service.access.waiting < 6:
+                    await asyncio.sleep(0.001)
             assert await chat(held.client, "base") == offline(world, "Who is it?", None)
             assert await chat(held.client, "base:d0") == offline(world, "Who is it?", 0)
             assert await chat(held.client, "base:bare") == in_context
