@@ -133,7 +133,7 @@ def test_a_store_that_hangs_holds_up_only_what_needs_it(world: World) -> None:
                 asyncio.create_task(held.post("base:d1", imprint={"mode": "in_context"})),
                 *(asyncio.create_task(held.client.get("/v1/models")) for _ in range(2)),
             ]
-            await held.until_held(6)
+            await held.until_held()  # by one for all that want the same part of the manifest
             async with asyncio.timeout(PATIENCE_S):
                 while held.service.access.waiting < 6:
                     await asyncio.sleep(0.001)
