@@ -35,9 +35,7 @@ HypernetworkOption = Annotated[
 PresetOption = Annotated[
     str | None, typer.Option(help="LIFT's settings by name: v1, v3, v4, v4_fast or finetune_raw.", show_default="v4")
 ]
-SourceArgument = Annotated[
-    str, typer.Argument(help="Text, Markdown, HTML, PDF, JSON(L), CSV, Parquet: file, folder, pattern, @list.")
-]
+SourceArgument = Annotated[str, typer.Argument(help="Text, Markdown, HTML, PDF, JSON, CSV, Parquet: file, folder, glob, @list.")]
 StoreArgument = Annotated[str, typer.Argument(help="The store; made where there is none.")]
 
 

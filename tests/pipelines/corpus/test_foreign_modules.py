@@ -50,7 +50,7 @@ def test_a_conversion_imports_nothing_from_the_current_folder(tmp_path: Path) ->
     (tmp_path / "b.txt").write_text("Text.")
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, "-P", "-c", CONVERSION], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-P", "-c", CONVERSION], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=270
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "[('a.html', 'café'), ('b.txt', 'Text.')]"
