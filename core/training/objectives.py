@@ -32,7 +32,8 @@ def row_losses(base: BaseModel, batch: Batch, weights: LoraWeights | None, index
     with attach(base, weights, index_B) if weights is not None else nullcontext():
         hidden_BTH = base.hidden_states(batch.ids_BT, batch.mask_BT)
     rows_T, columns_T = batch.targets_2T
-    losses_T = _losses(base, hidden_BTH[rows_T, columns_T], batch.labels_BT[rows_T, columns_T + 1])
+    hidden_TH = hidden_BTH.flatten(0, 1).index_select(0, rows_T * hidden_BTH.shape[1] + columns_T)
+    losses_T = _losses(base, hidden_TH, batch.labels_BT[rows_T, columns_T + 1])
     return losses_T.new_zeros(len(batch.ids_BT)).index_add(0, rows_T, losses_T)
 
 

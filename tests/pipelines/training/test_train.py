@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from core.adapters.base_model import load_base
 from core.shine.hypernetwork import Hypernetwork, HypernetworkSettings
 from core.text.prompts import encode
-from pipelines.training.feed import Feed
 from pipelines.training.learner import HypernetworkLearner
 from pipelines.training.recipe import Architecture, BaseRecipe, HypernetworkRecipe, Optimiser, Run, Stage, Validation
+from pipelines.training.tasks import Feed
 from pipelines.training.train import train
 from pipelines.world.documents import WorldSpec, generate, write
 from tests.conversion import tiny_recipe
