@@ -9,6 +9,7 @@ Knows nothing of models, files and workers. `packing` costs at most texts x open
 
 import random
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import Annotated, NamedTuple
 
@@ -137,9 +138,12 @@ class Packer:
             room = {name: min(group_tokens, getattr(limits, name)) for name in Limits.model_fields}
             limits = limits.model_copy(update=room)
         self._limits = limits
-        # Prompts and answers are encoded apart, so the longer instruction costs its difference whatever the text.
-        alone = {ask: self._turn_tokens(Turn(ask, "x")) for ask in (instructions.reconstruct, instructions.complete)}
-        self._ask = max(alone, key=alone.__getitem__)
+
+    @cached_property
+    def _ask(self) -> str:
+        """The longer instruction: prompts and answers are encoded apart, so it is so whatever the text."""
+        asks = (self._instructions.reconstruct, self._instructions.complete)
+        return max(asks, key=lambda ask: self._turn_tokens(Turn(ask, "x")))
 
     def passages(self, text: str) -> list[Passage]:
         """The text, or the parts of it that fit alone, cut where sentences end; only parts of nothing but blanks are left out.

@@ -79,6 +79,7 @@ def train(recipe: Recipe, run_directory: Path, observer: Observer | None = None)
         datasets={str(number): partial(_stream, absolute, groups, number, kept, reports) for number in range(len(recipe.stages))},
         dataset_config=ray.train.DataConfig(execution_options=_in_order(), enable_shard_locality=False),
     )
+    checkpoints.newest(kept)  # warns, here where a person sees it, of damaged ones
     recorder = Recorder(reports, run_directory, observer)
     try:
         result = trainer.fit()

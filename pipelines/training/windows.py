@@ -90,7 +90,8 @@ def window_examples(
                 examples.append(_trainable(example_of_task(task, tokenizer, row, feed, rng)))
         except ValueError as error:
             skipped.append(place.skipped(error))
-    examples += packer.examples(packed, rng)
+    if packed:
+        examples += packer.examples(packed, rng)
     for alike in _alike(joined, [len(encode(tokenizer, row.text)) for _, row in joined], feed, rng):
         try:
             if not any(row.questions for _, row in alike):
