@@ -91,7 +91,7 @@ def training(hypernetwork: Hypernetwork, rows: int, tokens: int, rounds: int) ->
     device = hypernetwork.base.device
     ids = torch.randint(0, 1000, (rows, tokens), device=device)
     mask = torch.ones_like(ids)
-    batch = Batch(ids, mask, ids, mask, ids, torch.arange(rows, device=ids.device), (1,) * rows)
+    batch = Batch(ids, mask, ids, mask, ids, torch.arange(rows), (1,) * rows)
 
     def run() -> None:
         hypernetwork.zero_grad()

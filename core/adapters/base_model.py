@@ -173,6 +173,10 @@ class BaseModel:
         output = self.decoder(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False)
         return cast(Tensor, output.last_hidden_state)
 
+    def logits(self, hidden_TH: Tensor) -> Tensor:
+        """`[..., V]` next-token scores of final hidden states."""
+        return cast(Tensor, self.head(hidden_TH))
+
     def layer_outputs(self, inputs_BTH: Tensor, mask_BT: Tensor, count: int) -> list[Tensor]:
         """`[B, count, H]` fp32 of every layer: its output (before the last norm) at the last `count` positions.
 

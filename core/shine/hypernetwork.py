@@ -100,6 +100,8 @@ class Hypernetwork(nn.Module):
     """
 
     gain_K: Tensor
+    _numel_K: Tensor
+    _has_one_gain: bool
 
     def __init__(self, base: BaseModel, settings: HypernetworkSettings, trained_tokens: int | None = None) -> None:
         super().__init__()
@@ -120,6 +122,9 @@ class Hypernetwork(nn.Module):
             self.meta_1N.requires_grad_(False)
         self.m2p = M2P(len(base.layers), num_memory, base.hidden_size, settings)
         self.register_buffer("gain_K", initial_gains(self.spec, base, settings))
+        self.register_buffer("_numel_K", torch.tensor([entry.numel for entry in self.spec.table]), persistent=False)
+        self.register_load_state_dict_post_hook(_note_gains)
+        _note_gains(self)
         self.to(base.device)
 
     @property
@@ -138,12 +143,10 @@ class Hypernetwork(nn.Module):
         """`[B, L, M, H]` fp32: every layer's output (before the last norm) at the memory positions.
 
         Documents are padded on the left, since the memory follows the last token; positions count from column 0, padding
-        included. Only the Meta LoRA acts, whatever is attached outside.
+        included. Only the Meta LoRA acts, whatever is attached outside. Masks are not looked into, which would wait for a GPU.
         """
         if ids_BT.shape != mask_BT.shape or ids_BT.ndim != 2:
             raise ValueError(f"ids_BT {tuple(ids_BT.shape)} and mask_BT {tuple(mask_BT.shape)} must be equal [B, T]")
-        if ids_BT.shape[1] and not bool(mask_BT[:, -1].all()):
-            raise ValueError("documents must be padded on the left: every row of mask_BT ends with 1")
         base, count = self.base, len(self.memory_MH)
         memory_BMH = self.memory_MH.to(base.dtype).expand(len(ids_BT), -1, -1)
         inputs_BTH = torch.cat([base.embedding(ids_BT), memory_BMH], dim=1)
@@ -167,17 +170,19 @@ class Hypernetwork(nn.Module):
     def generate(self, ids_BT: Tensor, mask_BT: Tensor) -> LoraWeights:
         """The adapters of B documents, in fp32; carries gradient where it is enabled.
 
-        ids_BT, mask_BT: raw document tokens (no chat template), padded on the left; int64, on the base's device.
+        ids_BT, mask_BT: raw document tokens (no chat template), padded on the left; int64, on the base's device. Raises
+        `ValueError` for other padding; `collate` pads so, and whoever trains on its batches calls the two steps by themselves.
         """
+        if ids_BT.shape == mask_BT.shape and mask_BT.ndim == 2 and mask_BT.shape[1] and not bool(mask_BT[:, -1].all()):
+            raise ValueError("documents must be padded on the left: every row of mask_BT ends with 1")
         return self.parameters_from_states(self.memory_states(ids_BT, mask_BT))
 
     forward = generate
 
     def _gain_N(self) -> Tensor:
-        if bool((self.gain_K == self.gain_K[0]).all()):
+        if self._has_one_gain:
             return self.gain_K[0]
-        sizes = torch.tensor([entry.numel for entry in self.spec.table], device=self.gain_K.device)
-        return self.gain_K.repeat_interleave(sizes, output_size=self.spec.numel)
+        return self.gain_K.repeat_interleave(self._numel_K, output_size=self.spec.numel)
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """Trainable parameters for an optimiser; biases and norms are not decayed, position embeddings are (SHINE's way)."""
@@ -236,6 +241,11 @@ class Hypernetwork(nn.Module):
         ]:
             raise ValueError(f"the settings do not fit the file: {'; '.join(wrong[:4])}")
         self.load_state_dict({name: tensor.to(own[name].dtype) for name, tensor in tensors.items()})
+
+
+def _note_gains(hypernetwork: Hypernetwork, *_: Any) -> None:
+    """Whether all gains are equal: found once, since a look into a tensor waits for a GPU."""
+    hypernetwork._has_one_gain = bool((hypernetwork.gain_K == hypernetwork.gain_K[0]).all())
 
 
 def _settings(values: HypernetworkSettings | Mapping[str, Any]) -> HypernetworkSettings:

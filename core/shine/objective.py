@@ -11,8 +11,9 @@ from core.training.objectives import row_losses
 def hypernetwork_loss(hypernetwork: Hypernetwork, batch: Batch) -> Tensor:
     """Summed loss of the frozen base under the adapters generated from the batch's contexts (paper, section 3).
 
-    The adapters of a context's windows are composed at their full rank; what a later cut loses is not trained on.
+    The adapters of a context's windows are composed at their full rank; what a later cut loses is not trained on. Contexts are
+    padded on the left, as `collate` does it.
     """
-    weights = hypernetwork.generate(batch.context_ids_BT, batch.context_mask_BT)
+    weights = hypernetwork.parameters_from_states(hypernetwork.memory_states(batch.context_ids_BT, batch.context_mask_BT))
     whole = compose_groups(weights, batch.windows, hypernetwork.settings.composition)
     return row_losses(hypernetwork.base, batch, whole).sum()

@@ -1,31 +1,27 @@
 """Documents and questions -> examples -> padded batches.
 
 In: texts, questions with answers, a tokenizer, an explicit `random.Random` where something is drawn. Out: `Example`s (a context
-for the hypernetwork, a conversation for the base) and `Batch`es of them. The tasks are SHINE's: reconstruction, completion,
-packed groups of both (paper, section 4; spec of the released collators), and questions on a document, one that is read in several
-windows included.
+for the hypernetwork, a conversation for the base) and `Batch`es of them. Here are SHINE's questions on a document, one that is
+read in several windows included; its pretraining is in `core.training.pretraining`.
 
 Contexts are padded on the left, so that memory embeddings follow the last token; conversations on the right. The released
 collators pad both on the left: the same under an attention mask, up to positions.
 
-Knows nothing of models, files and workers. Making an example costs its tokenisation; `packing` costs at most texts x open bins.
+Knows nothing of models, files and workers. Making an example costs its tokenisation.
 """
 
-import random
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, chain
-from typing import Annotated, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from core.config import Section
 from core.text.documents import windows_at_borders
-from core.text.prompts import IGNORED, Instructions, Limits, Turn, cut_text, encode_context, in_context, render
+from core.text.prompts import IGNORED, Limits, Turn, cut_text, encode_context, in_context, render
 from core.text.tokens import read
 
 
@@ -86,7 +82,8 @@ class Batch:
     """Padded examples. B counts windows of contexts in `context_*`, conversations elsewhere; masks are 1 on tokens, 0 on padding.
 
     `index_B` gives the context of each conversation, -1 for none. `windows` counts the windows of each context, neighbours in
-    `context_*`: 1 for one that is read whole.
+    `context_*`: 1 for one that is read whole. `targets_2T` are rows and columns of the positions that predict a supervised label,
+    that of the next column; found here where none are given. On a GPU that waits for the device, so build batches on the CPU.
     """
 
     context_ids_BT: Tensor
@@ -96,6 +93,11 @@ class Batch:
     labels_BT: Tensor
     index_B: Tensor
     windows: tuple[int, ...]
+    targets_2T: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def __post_init__(self) -> None:
+        if self.targets_2T.ndim != 2:
+            object.__setattr__(self, "targets_2T", (self.labels_BT[:, 1:] != IGNORED).nonzero().T.contiguous())
 
     @property
     def documents(self) -> int:
@@ -105,96 +107,18 @@ class Batch:
     @property
     def tokens(self) -> int:
         """Supervised targets, `labels[:, 1:]`: the weight of this batch in a token-weighted loss."""
-        return int((self.labels_BT[:, 1:] != IGNORED).sum())
+        return self.targets_2T.shape[1]
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The same batch on a device."""
-        tensors = (name for name in self.__dataclass_fields__ if name != "windows")
-        moved: dict[str, Any] = {name: getattr(self, name).to(device, non_blocking=True) for name in tensors}
+        """The same batch on a device, without waiting for it; `index_B` stays, since whoever attaches adapters looks into it."""
+        tensors = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in ("windows", "index_B")}
+        if torch.device(device).type == "cuda":
+            tensors = {name: tensor if tensor.is_cuda else tensor.pin_memory() for name, tensor in tensors.items()}
+        moved: dict[str, Any] = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
         return replace(self, **moved)
 
 
-class Pretraining(Section):
-    """How a text of a packed group is asked back (SHINE, pretraining)."""
-
-    completion_frequency: Annotated[float, Field(ge=0, le=1)] = 0.5
-    removed_share_min: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    removed_share_max: Annotated[float, Field(gt=0, lt=1)] = 0.3
-
-    @model_validator(mode="after")
-    def _ordered(self) -> "Pretraining":
-        if self.removed_share_min > self.removed_share_max:
-            raise ValueError("removed_share_min is above removed_share_max")
-        return self
-
-
 DEFAULT_LIMITS = Limits()
-DEFAULT_INSTRUCTIONS = Instructions()
-DEFAULT_PRETRAINING = Pretraining()
-
-
-def reconstruction(
-    tokenizer: PreTrainedTokenizerBase,
-    text: str,
-    limits: Limits = DEFAULT_LIMITS,
-    instructions: Instructions = DEFAULT_INSTRUCTIONS,
-) -> Example:
-    """The text as context; asked for, it is given back."""
-    context_ids = encode_context(tokenizer, text, limits)
-    return _example(tokenizer, context_ids, [Turn(instructions.reconstruct, text)], limits)
-
-
-def completion(
-    tokenizer: PreTrainedTokenizerBase,
-    text: str,
-    removed_share: float,
-    limits: Limits = DEFAULT_LIMITS,
-    instructions: Instructions = DEFAULT_INSTRUCTIONS,
-) -> Example:
-    """The text without its last words as context; asked for, the full text is given."""
-    context_ids = encode_context(tokenizer, shortened(text, removed_share), limits)
-    return _example(tokenizer, context_ids, [Turn(instructions.complete, text)], limits)
-
-
-def shortened(text: str, removed_share: float) -> str:
-    """The text without the last `removed_share` of its words, blanks in place of all white space; a single word stays whole.
-
-    The number kept is rounded half to even; at least one word is kept and one removed.
-    """
-    words = text.split()
-    if len(words) < 2:
-        return text
-    kept = round(len(words) * (1 - removed_share))
-    return " ".join(words[: min(max(kept, 1), len(words) - 1)])
-
-
-def pretraining_example(
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str],
-    rng: random.Random,
-    limits: Limits = DEFAULT_LIMITS,
-    instructions: Instructions = DEFAULT_INSTRUCTIONS,
-    pretraining: Pretraining = DEFAULT_PRETRAINING,
-) -> Example:
-    """A packed group: one context of all texts, one turn per text.
-
-    For each text reconstruction or completion is drawn, and the share removed. Contexts and turns are shuffled independently, so
-    that a turn's place does not tell which text is meant.
-    """
-    if not texts:
-        raise ValueError("a group needs at least one text")
-    contexts, turns = [], []
-    for text in texts:
-        if rng.random() < pretraining.completion_frequency:
-            share = rng.uniform(pretraining.removed_share_min, pretraining.removed_share_max)
-            contexts.append(shortened(text, share))
-            turns.append(Turn(instructions.complete, text))
-        else:
-            contexts.append(text)
-            turns.append(Turn(instructions.reconstruct, text))
-    rng.shuffle(contexts)
-    rng.shuffle(turns)
-    return _example(tokenizer, encode_context(tokenizer, instructions.separator.join(contexts), limits), turns, limits)
 
 
 def question_examples(
@@ -202,14 +126,14 @@ def question_examples(
 ) -> list[Example]:
     """One example per question; all share the document's context, which `collate` stores once."""
     context_ids = tuple(encode_context(tokenizer, document_text, limits))
-    return [_example(tokenizer, context_ids, [Turn(*qa)], limits) for qa in qas]
+    return [example_of(tokenizer, context_ids, [Turn(*qa)], limits) for qa in qas]
 
 
 def multi_turn_example(
     tokenizer: PreTrainedTokenizerBase, document_text: str, qas: Sequence[QuestionAnswer], limits: Limits = DEFAULT_LIMITS
 ) -> Example:
     """All questions of a document as the turns of one conversation (SHINE, instruction tuning on many questions)."""
-    return _example(tokenizer, encode_context(tokenizer, document_text, limits), [Turn(*qa) for qa in qas], limits)
+    return example_of(tokenizer, encode_context(tokenizer, document_text, limits), [Turn(*qa) for qa in qas], limits)
 
 
 def composed_example(
@@ -228,7 +152,7 @@ def composed_example(
     ids = tokens.ids[: limits.context_tokens]
     borders = (each[: bisect_left(each, len(ids))] for each in (tokens.sentences, tokens.paragraphs))
     covers = windows_at_borders(len(ids), window_tokens, 0, *borders)
-    whole = _example(tokenizer, ids, [Turn(*qa) for qa in qas], limits)
+    whole = example_of(tokenizer, ids, [Turn(*qa) for qa in qas], limits)
     return replace(whole, window_sizes=tuple(window.end - window.start for window in covers))
 
 
@@ -244,10 +168,11 @@ def in_context_example(
     first, *rest = qas
     shown = in_context(cut_text(tokenizer, document_text, limits), first.question)
     room = Limits(conversation_tokens=limits.context_tokens + limits.conversation_tokens)
-    return _example(tokenizer, (), [Turn(shown, first.answer), *(Turn(*qa) for qa in rest)], room)
+    return example_of(tokenizer, (), [Turn(shown, first.answer), *(Turn(*qa) for qa in rest)], room)
 
 
-def _example(tokenizer: PreTrainedTokenizerBase, context_ids: Sequence[int], turns: Sequence[Turn], limits: Limits) -> Example:
+def example_of(tokenizer: PreTrainedTokenizerBase, context_ids: Sequence[int], turns: Sequence[Turn], limits: Limits) -> Example:
+    """A context as it is, and a conversation cut on the right to `limits.conversation_tokens`."""
     ids, labels = render(tokenizer, turns)
     stop = limits.conversation_tokens
     return Example(tuple(context_ids), tuple(ids[:stop]), tuple(labels[:stop]))
@@ -277,33 +202,6 @@ def _pad(rows: Sequence[Sequence[int]], value: int, multiple: int, *, left: bool
         values_BT[place, span] = torch.tensor(row, dtype=torch.int64)
         mask_BT[place, span] = 1
     return values_BT, mask_BT
-
-
-def packing(lengths: Sequence[int], max_length: int, open_bins: int = 100, overhead: int = 11) -> list[list[int]]:
-    """Groups texts (indices into `lengths`, in tokens) so that a group's lengths and overheads fit into `max_length`.
-
-    SHINE's rule, order of groups included: the first open bin with room takes a text; if none has, the bin with the least room
-    left is closed and restarted with it. A text that does not fit alone is a group of its own. `overhead` is what the template
-    adds to a text (11 tokens in ChatML).
-    """
-    if open_bins < 1:
-        raise ValueError(f"open_bins is {open_bins}: give 1 or more")
-    groups: list[list[int]] = []
-    bins: list[list[int]] = [[] for _ in range(open_bins)]
-    room = [max_length] * open_bins
-    for text, length in enumerate(lengths):
-        cost = length + overhead
-        if cost > max_length:
-            groups.append([text])
-            continue
-        place = next((i for i, free in enumerate(room) if free >= cost), None)
-        if place is None:
-            place = min(range(open_bins), key=room.__getitem__)
-            groups.append(bins[place])
-            bins[place], room[place] = [], max_length
-        bins[place].append(text)
-        room[place] -= cost
-    return groups + [group for group in bins if group]
 
 
 def plan_batches(lengths: Sequence[int], max_rows: int, max_padded_tokens: int) -> list[list[int]]:

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from pipelines.training.recipe import Stage
+from pipelines.training.recording import SKIPPED
 
 
 @contextmanager
@@ -17,14 +18,20 @@ def training_progress(stages: Sequence[Stage], console: Console) -> Iterator[Cal
     with Progress(*columns, TextColumn("{task.fields[loss]}"), console=console) as progress:
         task = progress.add_task("starting", total=sum(stage.steps for stage in stages), loss="")
 
+        skipped = 0
+
         def observe(metrics: dict[str, Any]) -> None:
+            nonlocal skipped
             shown: dict[str, Any] = {"loss": f"loss {metrics['loss']:.3f}"} if "loss" in metrics else {}
             progress.update(task, completed=metrics["step"], description=metrics["stage"], **shown)
             if "exact_match" in metrics:
+                loss = f"loss {metrics['validation_loss']:.3f}" if "validation_loss" in metrics else "loss not finite"
                 console.print(
-                    f"step {metrics['step']:>6}  unseen documents: exact match {metrics['exact_match']:.3f}, "
-                    f"loss {metrics['validation_loss']:.3f}",
+                    f"step {metrics['step']:>6}  unseen documents: exact match {metrics['exact_match']:.3f}, {loss}",
                     highlight=False,
                 )
+            if metrics.get("skipped_documents", 0) > skipped:
+                skipped = metrics["skipped_documents"]
+                console.print(f"step {metrics['step']:>6}  {skipped} documents skipped, named in {SKIPPED}", highlight=False)
 
         yield observe

@@ -1,33 +1,38 @@
 """Training runs: Ray Train starts the ranks, Ray Data feeds them, and this process shows and records what they report.
 
 In: a recipe (base, hypernetwork or pre-LIFT) and a run directory. Out, in that directory: `recipe.json` (resolved),
-`metrics.jsonl`, `tensorboard/`, `checkpoints/` (Ray Train's), and at the end `model/`, what `load_base`, `Hypernetwork.load` or
-`core.adapters.files.load` reads. Calling it again with the same directory goes on where the last checkpoint ended; a finished run
-is not trained again. Needs an initialised Ray.
+`metrics.jsonl`, `skipped.jsonl` (rows of the corpus that gave no example), `tensorboard/`, `checkpoints/` (Ray Train's), and at
+the end `model/`, what `load_base`, `Hypernetwork.load` or `core.adapters.files.load` reads. Calling it again with the same
+directory goes on where the last whole checkpoint ended, and so does a restart after a failed rank; a finished run is not trained
+again. Needs an initialised Ray.
 """
 
-import json
+import math
 import os
 import shutil
-import threading
-from collections.abc import Callable
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import ray
 import ray.train
+from pydantic import ValidationError
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2.api.exceptions import TrainingFailedError
-from ray.util.queue import Empty, Queue
-from torch.utils.tensorboard import SummaryWriter
+from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+from transformers import AutoTokenizer
 
 from core.config import fingerprint, write_resolved
+from core.training.pretraining import Packer
+from pipelines.training import checkpoints
+from pipelines.training.checkpoints import State
 from pipelines.training.feed import Position, dataset, plan, row_groups
-from pipelines.training.learner import train_loop
+from pipelines.training.loop import train_loop
 from pipelines.training.recipe import BaseRecipe, HypernetworkRecipe, Recipe, kind_of
+from pipelines.training.recording import Observer, Recorder, known_skips
+from pipelines.training.reports import start_reports
+from pipelines.training.windows import RowGroup
 
-Observer = Callable[[dict[str, Any]], None]
 CHECKPOINTS = "checkpoints"
 
 
@@ -35,46 +40,57 @@ def train(recipe: Recipe, run_directory: Path, observer: Observer | None = None)
     """Runs or resumes a training and returns the directory of the trained model.
 
     observer: called with every metrics record, in this process. Raises `ValueError` when the directory holds a run of another
-    recipe, or when recipe and corpus do not fit; `RuntimeError` when training fails.
+    recipe, when recipe and corpus do not fit, or when more rows of the corpus are no use than the recipe allows; `RuntimeError`
+    when training fails.
     """
+    recipe = type(recipe).model_validate(recipe.model_dump())
     run_directory = run_directory.resolve()
     model = run_directory / "model"
     _claim(recipe, run_directory)
     if model.exists():
         return model
-    total_steps = sum(stage.steps for stage in recipe.stages)
-    if not total_steps:
+    if not recipe.stages:
         raise ValueError("the recipe has no stages: there is nothing to train")
+    run, groups, kept = recipe.run, row_groups(recipe.feed.corpus), run_directory / CHECKPOINTS
+    documents = sum(group.documents for group in groups)
+    reports = start_reports(documents, run.max_skipped_share, known_skips(run_directory))
+    absolute = _for_workers(recipe)
     trainer = TorchTrainer(
         train_loop,
         train_loop_config={
             "kind": kind_of(recipe),
-            "recipe": _for_workers(recipe).model_dump(mode="json"),
-            "queue": (queue := Queue(actor_options={"num_cpus": 0})),
+            "recipe": absolute.model_dump(mode="json"),
+            "checkpoints": str(kept),
+            "reports": reports,
         },
         scaling_config=ray.train.ScalingConfig(
-            num_workers=recipe.run.workers,
-            use_gpu=recipe.run.device == "cuda",
-            resources_per_worker={"CPU": 1, **({"GPU": 1} if recipe.run.device == "cuda" else {})},
+            num_workers=run.workers,
+            use_gpu=run.device == "cuda",
+            resources_per_worker={"CPU": 1, **({"GPU": 1} if run.device == "cuda" else {})},
         ),
         run_config=ray.train.RunConfig(
             name=CHECKPOINTS,
             storage_path=str(run_directory),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=recipe.run.keep_checkpoints),
-            failure_config=ray.train.FailureConfig(max_failures=recipe.run.max_failures),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=run.keep_checkpoints),
+            failure_config=ray.train.FailureConfig(max_failures=run.max_failures),
         ),
-        torch_config=TorchConfig(backend="nccl" if recipe.run.device == "cuda" else "gloo"),
-        datasets=_datasets(_for_workers(recipe), run_directory / CHECKPOINTS),
+        torch_config=TorchConfig(backend="nccl" if run.device == "cuda" else "gloo"),
+        # Ray calls them anew for every start of the ranks, so a restarted stream begins where its checkpoint ended.
+        datasets={str(number): partial(_stream, absolute, groups, number, kept, reports) for number in range(len(recipe.stages))},
         dataset_config=ray.train.DataConfig(execution_options=_in_order(), enable_shard_locality=False),
     )
-    recorder = _Recorder(queue, run_directory, observer)
+    checkpoints.newest(kept)  # warns, here where a person sees it, of damaged ones
+    recorder = Recorder(reports, run_directory, observer)
     try:
         result = trainer.fit()
     except TrainingFailedError as error:
-        raise RuntimeError(f"training failed; the last checkpoint is kept, run the same command to go on: {error}") from error
+        raise RuntimeError(f"{_reason(error)} (the last checkpoint is kept: run the same command to go on)") from error
     finally:
         recorder.close()
-        queue.shutdown()
+        refusal = ray.get(reports.refusal.remote())
+        ray.kill(reports)
+    if refusal:
+        raise ValueError(refusal)
     assert result.checkpoint is not None, "the last step always reports a checkpoint"
     with result.checkpoint.as_directory() as directory:
         unfinished = run_directory / "model.unfinished"
@@ -84,12 +100,23 @@ def train(recipe: Recipe, run_directory: Path, observer: Observer | None = None)
     return model
 
 
+def _reason(error: TrainingFailedError) -> str:
+    """What the ranks died of, without their tracebacks."""
+    if not isinstance(error, WorkerGroupError):
+        return f"training failed: {error}"
+    lines = dict.fromkeys(str(failure).strip().splitlines()[-1] for failure in error.worker_failures.values())
+    return f"training failed: {'; '.join(lines)}"
+
+
 def _claim(recipe: Recipe, run_directory: Path) -> None:
     """Writes the resolved recipe, or makes sure that the run found there is of the same one."""
     path = run_directory / "recipe.json"
     if path.exists():
-        known = type(recipe).model_validate_json(path.read_text())
-        if fingerprint(known) != fingerprint(recipe):
+        try:
+            known = fingerprint(type(recipe).model_validate_json(path.read_text()))
+        except ValidationError:
+            known = "of another kind"
+        if known != fingerprint(recipe):
             raise ValueError(f"{run_directory} holds a run of another recipe: choose another directory, or delete this one")
     else:
         write_resolved(recipe, path)
@@ -112,71 +139,26 @@ def _in_order() -> "ray.data.ExecutionOptions":
     return ray.data.ExecutionOptions(preserve_order=True)
 
 
-def _datasets(recipe: Recipe, checkpoints: Path) -> dict[str, Any]:
-    """One stream a stage, named by its number; stages that are over get none.
-
-    Ray may register the newest checkpoint or the one before, so streams start at the older and ranks skip what they know.
-    """
+def _stream(recipe: Recipe, groups: Sequence[RowGroup], number: int, kept: Path, reports: Any) -> "ray.data.Dataset":
+    """The examples of a stage, from where the newest whole checkpoint left it."""
+    found = checkpoints.newest(kept)
+    state = found[1] if found else State()
+    stage, feed = recipe.stages[number], recipe.feed
     tokenizer = recipe.tokenizer if isinstance(recipe, BaseRecipe) else recipe.base
-    groups = row_groups(recipe.feed.corpus)
-    begun, position = _safe_start(checkpoints)
-    streams = {}
-    for number, stage in enumerate(recipe.stages):
-        if number < begun:
-            continue
-        start = position if number == begun else Position()
-        documents = stage.steps * recipe.optimiser.global_batch
-        # A packed group holds several texts, of which a template takes 11 tokens or more each; a composed one names its most.
-        packed = recipe.feed.pack_tokens // 12 if "pretraining" in stage.tasks else 1
-        documents *= max(1, packed, recipe.feed.composed_documents[1] if "composed" in stage.tasks else 1)
-        windows = plan(groups, recipe.feed, stage.name, documents + documents // 10)
-        share = recipe.optimiser.global_batch // recipe.run.workers
-        streams[str(number)] = dataset(windows, recipe.feed, stage.name, dict(stage.tasks), tokenizer, share, start)
-    return streams
+    documents = stage.steps * recipe.optimiser.global_batch * _documents_of_an_example(recipe, number, tokenizer)
+    windows = plan(groups, feed, stage.name, math.ceil(1.1 * documents / (1 - recipe.run.max_skipped_share)))
+    share = recipe.optimiser.global_batch // recipe.run.workers
+    start = state.position if number == state.stage else Position()
+    return dataset(windows, feed, stage.name, dict(stage.tasks), tokenizer, share, start, reports)
 
 
-def _safe_start(checkpoints: Path) -> tuple[int, Position]:
-    """Stage and position of the second newest checkpoint, from which no checkpoint that Ray may restore lies behind."""
-    fs, path = fsspec.core.url_to_fs(str(checkpoints))
-    states = sorted((json.loads(fs.cat_file(file)) for file in fs.glob(f"{path}/*/state.json")), key=lambda s: s["global_step"])
-    if len(states) < 2:
-        return 0, Position()
-    return states[-2]["stage"], Position(states[-2]["window"], states[-2]["offset"])
-
-
-class _Recorder:
-    """Takes metrics off the queue in a thread: JSON lines, TensorBoard, observer."""
-
-    def __init__(self, queue: Queue, run_directory: Path, observer: Observer | None) -> None:
-        self._queue = queue
-        self._observer = observer
-        self._lines = (run_directory / "metrics.jsonl").open("a")
-        self._board = SummaryWriter(str(run_directory / "tensorboard"))
-        self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        while True:
-            try:
-                self._record(self._queue.get(timeout=0.5))
-            except Empty:
-                if self._closing.is_set():
-                    return
-            except ray.exceptions.RayActorError:
-                return
-
-    def _record(self, metrics: dict[str, Any]) -> None:
-        self._lines.write(json.dumps(metrics) + "\n")
-        self._lines.flush()
-        for name, value in metrics.items():
-            if isinstance(value, int | float):
-                self._board.add_scalar(name, value, metrics["step"])
-        if self._observer is not None:
-            self._observer(metrics)
-
-    def close(self) -> None:
-        self._closing.set()
-        self._thread.join(timeout=10)
-        self._lines.close()
-        self._board.close()
+def _documents_of_an_example(recipe: Recipe, number: int, tokenizer: str) -> int:
+    """At most."""
+    tasks, feed = recipe.stages[number].tasks, recipe.feed
+    most = [1]
+    if "pretraining" in tasks and feed.pack_tokens:
+        loaded = AutoTokenizer.from_pretrained(tokenizer)
+        most.append(Packer(loaded, feed.pack_tokens, feed.limits, feed.instructions, feed.pretraining).most_together())
+    if "composed" in tasks:
+        most.append(feed.composed_documents[1])
+    return max(most)

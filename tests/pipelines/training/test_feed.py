@@ -9,7 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from core.text.prompts import Limits
-from pipelines.training.feed import Feed, Position, dataset, plan, row_groups, to_examples, window_examples
+from pipelines.training.feed import Position, dataset, plan, row_groups, to_examples
+from pipelines.training.tasks import Feed
+from pipelines.training.windows import window_examples
 from pipelines.world.documents import WorldSpec, generate, write
 from pipelines.world.tokenizer import build_tokenizer
 
@@ -54,10 +56,10 @@ def test_every_document_once_an_epoch_in_another_order(corpus):
 def test_a_window_is_a_function_of_its_arguments(corpus, tasks):
     feed = make_feed(corpus)
     groups = plan(row_groups(feed.corpus), feed, "s", 85)[0]
-    examples = window_examples(groups, feed, "s", 0, tasks, build_tokenizer())
+    examples = window_examples(groups, feed, "s", 0, tasks, build_tokenizer()).examples
     assert len(examples) == sum(group.documents for group in groups)
-    assert examples == window_examples(groups, feed, "s", 0, tasks, build_tokenizer())
-    assert examples != window_examples(groups, feed, "s", 1, tasks, build_tokenizer())
+    assert examples == window_examples(groups, feed, "s", 0, tasks, build_tokenizer()).examples
+    assert examples != window_examples(groups, feed, "s", 1, tasks, build_tokenizer()).examples
     assert all(example.tokens for example in examples)
     assert all(bool(example.context_ids) == bool(tasks.keys() & {"questions", "pretraining"}) for example in examples)
 
@@ -66,10 +68,10 @@ def test_composed_examples_hold_every_document_once_in_windows_that_end_at_sente
     tokenizer = build_tokenizer()
     feed = make_feed(corpus, composed_documents=(2, 3), composed_window_tokens=(60, 90), max_questions=12)
     groups = plan(row_groups(feed.corpus), feed, "s", 85)[0]
-    examples = window_examples(groups, feed, "s", 0, {"composed": 0.8, "questions": 0.2}, tokenizer)
-    assert examples == window_examples(groups, feed, "s", 0, {"composed": 0.8, "questions": 0.2}, tokenizer)
+    examples = window_examples(groups, feed, "s", 0, {"composed": 0.8, "questions": 0.2}, tokenizer).examples
+    assert examples == window_examples(groups, feed, "s", 0, {"composed": 0.8, "questions": 0.2}, tokenizer).examples
     contexts = [tokenizer.decode(example.context_ids) for example in examples]
-    texts = [text for path, number, _ in groups for text in _texts(path, number)]
+    texts = [text for group in groups for text in _texts(group.path, group.number)]
     assert all(sum(text.strip() in context for context in contexts) == 1 for text in texts)
     composed = [example for example in examples if example.window_sizes]
     assert 2 < len(composed) < len(examples) < len(texts)
@@ -78,7 +80,7 @@ def test_composed_examples_hold_every_document_once_in_windows_that_end_at_sente
         assert [token for window in example.windows for token in window] == list(example.context_ids)
         assert all(tokenizer.decode(window).rstrip()[-1] in ".:" for window in example.windows)
     short = make_feed(corpus, composed_documents=(3, 3), composed_tokens=90, composed_window_tokens=(60, 60))
-    cut = window_examples(groups, short, "s", 0, {"composed": 1.0}, tokenizer)
+    cut = window_examples(groups, short, "s", 0, {"composed": 1.0}, tokenizer).examples
     assert len(texts) / 3 < len(cut) <= len(texts) and max(len(example.context_ids) for example in cut) <= 90
     assert any(len(tokenizer(text).input_ids) > 90 for text in texts), "one is cut"
     with pytest.raises(ValueError, match="composed_documents is 3, 2"):
@@ -92,7 +94,7 @@ def test_composed_documents_are_alike(corpus):
         examples = [
             example
             for number, groups in enumerate(plan(row_groups(feed.corpus), feed, "s", 85))
-            for example in window_examples(groups, feed, "s", number, {"composed": 1.0}, build_tokenizer())
+            for example in window_examples(groups, feed, "s", number, {"composed": 1.0}, build_tokenizer()).examples
         ]
         texts = [build_tokenizer().decode(example.context_ids) for example in examples]
         kinds = [[kind for kind in ("person", "place", "product") if f" {kind} " in text] for text in texts]
@@ -109,7 +111,7 @@ def _texts(path: str, row_group: int) -> list[str]:
 def test_packed_groups_hold_every_text_once(corpus):
     feed = make_feed(corpus, pack_tokens=400, limits=Limits(context_tokens=400, conversation_tokens=600))
     groups = plan(row_groups(feed.corpus), feed, "s", 85)[0]
-    examples = window_examples(groups, feed, "s", 0, {"pretraining": 1.0}, build_tokenizer())
+    examples = window_examples(groups, feed, "s", 0, {"pretraining": 1.0}, build_tokenizer()).examples
     assert len(examples) < sum(group.documents for group in groups) / 2
     ends = build_tokenizer().convert_tokens_to_ids("<|endoftext|>")
     assert sum(example.context_ids.count(ends) + 1 for example in examples) == sum(group.documents for group in groups)
@@ -131,7 +133,7 @@ def test_stream_gives_blocks_of_a_step_and_goes_on_where_it_stopped(ray_local, c
     assert places == sorted(places)
     middle = everything[37]
     assert rows(Position(middle["window"], middle["offset"])) == everything[37:]
-    expected = window_examples(windows[0], feed, "s", 0, {"questions": 1.0}, build_tokenizer())
+    expected = window_examples(windows[0], feed, "s", 0, {"questions": 1.0}, build_tokenizer()).examples
     table = pa.Table.from_pylist(everything[: len(expected)])
     assert to_examples(table) == expected
 
@@ -144,8 +146,8 @@ def test_errors_say_what_to_do(corpus, tmp_path):
         row_groups((str(tmp_path),))
     pq.write_table(pa.table({"text": ["x y"]}), tmp_path / "x.parquet")
     groups = row_groups((str(tmp_path),))
-    with pytest.raises(ValueError, match="corpus with questions"):
-        window_examples(groups, make_feed(corpus), "s", 0, {"questions": 1.0}, build_tokenizer())
+    with pytest.raises(ValueError, match="pack_tokens is 2000"):
+        make_feed(corpus, pack_tokens=2000)
     with pytest.raises(ValueError, match="copying_tokens"):
         make_feed(corpus, copying_tokens=(5, 2))
     assert json.loads(json.dumps(groups)) == [list(group) for group in groups]

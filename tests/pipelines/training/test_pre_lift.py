@@ -16,8 +16,10 @@ from core.lift.forms import AdapterSettings
 from core.lift.settings import LiftSettings, OptimiserSettings
 from core.lift.trainer import Job, train
 from pipelines.training import train as training
-from pipelines.training.feed import Feed, plan, row_groups, window_examples
+from pipelines.training.feed import plan, row_groups
 from pipelines.training.recipe import Optimiser, PreLiftRecipe, Run, Stage
+from pipelines.training.tasks import Feed
+from pipelines.training.windows import window_examples
 from pipelines.world.documents import WorldSpec, generate
 from pipelines.world.tokenizer import build_tokenizer
 from tests.models import write_world
@@ -49,11 +51,11 @@ def test_its_tasks_show_no_document_before_a_question_and_are_drawn_from_the_doc
     groups = plan(row_groups(feed.corpus), feed, "s", 80)[0]
     tokenizer = build_tokenizer()
     for task in TASKS:
-        examples = window_examples(groups, feed, "s", 0, {task: 1.0}, tokenizer)
+        examples = window_examples(groups, feed, "s", 0, {task: 1.0}, tokenizer).examples
         assert len(examples) == sum(group.documents for group in groups)
         assert not any(example.context_ids for example in examples)
-        assert examples == window_examples(groups, feed, "s", 0, {task: 1.0}, tokenizer)
-    segments = window_examples(groups, feed, "s", 0, {"segments": 1.0}, tokenizer)
+        assert examples == window_examples(groups, feed, "s", 0, {task: 1.0}, tokenizer).examples
+    segments = window_examples(groups, feed, "s", 0, {"segments": 1.0}, tokenizer).examples
     assert all(example.labels == example.ids for example in segments)
 
 

@@ -7,6 +7,8 @@ import signal
 from pathlib import Path
 
 import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -14,9 +16,9 @@ from safetensors.torch import load_file
 from core.adapters.base_model import load_base
 from core.shine.hypernetwork import Hypernetwork, HypernetworkSettings
 from core.text.prompts import encode
-from pipelines.training.feed import Feed
 from pipelines.training.learner import HypernetworkLearner
 from pipelines.training.recipe import Architecture, BaseRecipe, HypernetworkRecipe, Optimiser, Run, Stage, Validation
+from pipelines.training.tasks import Feed
 from pipelines.training.train import train
 from pipelines.world.documents import WorldSpec, generate, write
 from tests.conversion import tiny_recipe
@@ -107,6 +109,7 @@ def test_two_workers_follow_one(ray_local, single, world, tmp_path):
 
 
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(ray_local, single, world, tmp_path):
+    """Its newest checkpoint is damaged, too: the one before serves, and the stream begins where that ended."""
     fatal = random.Random(os.getpid()).randint(12, STEPS - 5)
     records: list[dict] = []
     killed: list[int] = []
@@ -118,12 +121,22 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(ray_local, single, worl
             for pid in killed:
                 os.kill(pid, signal.SIGKILL)
 
+            newest = max(
+                (tmp_path / "checkpoints").glob("checkpoint_*/state.json"),
+                key=lambda file: json.loads(file.read_text())["global_step"],
+            )
+            weights = newest.with_name("optimiser.safetensors")
+            weights.write_bytes(weights.read_bytes()[:1000])
+
     train(recipe(world), tmp_path, watch)
     assert killed, "no training worker was found to kill"
     steps = [record["step"] for record in records]
     assert steps != sorted(set(steps)) or len(steps) > STEPS or fatal % 5 == 0, "the run was not interrupted"
     one, resumed = losses(single[1]), losses(records)
     assert max(abs(one[step] - resumed[step]) for step in one) < 1e-3, f"killed at {fatal}"
+    base = load_base(world / "base")
+    before, after = (Hypernetwork.load(run / "model", base).trained_tokens for run in (single[0], tmp_path))
+    assert before == after
 
 
 def train_workers() -> list[psutil.Process]:
@@ -166,6 +179,22 @@ def test_a_bad_step_is_skipped_on_every_rank_and_a_bad_recipe_is_refused(ray_loc
     )
     with pytest.raises(RuntimeError, match="no finite gradient"):
         train(broken, tmp_path / "b")
+    records = [
+        json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "b" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert records[-1]["skipped_in_a_row"] > 1 and "loss" not in records[-1]
+
+
+def test_a_corpus_with_too_many_bad_rows_is_refused_by_name(ray_local, world, tmp_path):
+    rows = [{"text": f"Town {number} has ships." if number % 10 else None} for number in range(60)]
+    (tmp_path / "corpus").mkdir()
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "corpus" / "towns.parquet", row_group_size=20)
+    stages = (Stage(name="pretraining", tasks={"pretraining": 1.0}, steps=20, learning_rate=1e-3),)
+    feed = Feed(corpus=(str(tmp_path / "corpus"),), shuffle_documents=20)
+    with pytest.raises(ValueError, match=r"of 60 documents cannot be trained on.*towns\.parquet#\d*0: it has no text"):
+        train(recipe(world, feed=feed, stages=stages), tmp_path / "run")
+    skipped = [json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]
+    assert skipped and all(each["row"] % 10 == 0 for each in skipped)
 
 
 def test_training_goes_on_from_weights_of_its_shape_under_another_composition(tmp_path):
