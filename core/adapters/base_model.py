@@ -11,7 +11,7 @@ runs a layer again during backward.
 import hashlib
 import json
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from core.adapters.head import Head
 from core.adapters.spec import SITES, AdapterSpec, SiteShape
 from core.config import digest
 
@@ -46,13 +47,17 @@ class Attachment:
 
 
 class _Active(threading.local):
-    """Of the current thread: attachments, outermost first; queries of the layer that runs; where gates and outputs are kept."""
+    """Of the current thread: attachments, outermost first; queries of the layer that runs; where gates and outputs are kept.
+
+    mask: what makes a layer's attention mask out of its own.
+    """
 
     stack: tuple[Attachment, ...] = ()
     query: Tensor | None = None
     gates: dict[int, Tensor] | None = None
     outputs: list[Tensor] | None = None
     kept_positions: int = 0
+    mask: Callable[[int, Tensor | None], Tensor | None] | None = None
 
     @contextmanager
     def only(self, stack: tuple[Attachment, ...]) -> Iterator[None]:
@@ -85,7 +90,8 @@ class BaseModel:
     """A frozen decoder with hooked sites.
 
     `model` is the transformers model in eval mode with no trainable parameter; `tokenizer` is None where there is none. Raises
-    `ValueError` when a layer lacks one of the seven linears, or has it twice (fused, expert and shared layers).
+    `ValueError` when a layer lacks one of the seven linears, or has it twice (fused, expert and shared layers), and for a model
+    that looks ahead or whose logits cannot be had from its hidden states (`core.adapters.head`).
     """
 
     def __init__(
@@ -100,7 +106,7 @@ class BaseModel:
                 f"{type(model).__name__} has no decoder with layers and a last norm: use one built like Llama or Qwen"
             )
         self.embedding = cast(nn.Embedding, model.get_input_embeddings())
-        self.head = cast(nn.Linear, model.get_output_embeddings())
+        self._head = Head(model, self.decoder)
         self.layers = cast(nn.ModuleList, self.decoder.layers)
         self.last_norm = cast(nn.Module, self.decoder.norm)
         self.last_norm.register_forward_pre_hook(self._skip_where_outputs_are_kept)
@@ -110,6 +116,7 @@ class BaseModel:
         names = {module: name for name, module in model.named_modules()}
         for layer, block in enumerate(self.layers):
             block.register_forward_pre_hook(self._keep_attachments_when_run_again)
+            block.register_forward_pre_hook(partial(self._give_mask, layer), with_kwargs=True)
             block.register_forward_hook(self._keep_output)
             for site, linear in _sites(layer, block).items():
                 self.linears[layer, site] = linear
@@ -119,6 +126,8 @@ class BaseModel:
             self.linears[layer, "o"].register_forward_pre_hook(partial(self._mix_heads, layer))
         if len(set(self.linears.values())) != len(self.linears):
             raise ValueError("this model shares linears between layers: adapters need one linear for each layer and site")
+        if self.device.type != "meta":
+            self._head.check(model, self.decoder)
 
     @property
     def hidden_size(self) -> int:
@@ -173,10 +182,15 @@ class BaseModel:
         output = self.decoder(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False)
         return cast(Tensor, output.last_hidden_state)
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The model's own logits `[..., V]` from its final hidden states `[..., H]`."""
+        return self._head(hidden)
+
     def layer_outputs(self, inputs_BTH: Tensor, mask_BT: Tensor, count: int) -> list[Tensor]:
         """`[B, count, H]` fp32 of every layer: its output (before the last norm) at the last `count` positions.
 
-        Positions count from column 0, padding included. The last norm and the head are not computed.
+        Positions count from column 0, padding included. The last norm and the head are not computed. Raises `ValueError` for
+        layers that give more than one vector a token.
         """
         outputs: list[Tensor] = []
         self.active.outputs, self.active.kept_positions = outputs, count
@@ -186,6 +200,15 @@ class BaseModel:
         finally:
             self.active.outputs = None
         return outputs
+
+    @contextmanager
+    def masking(self, mask: Callable[[int, Tensor | None], Tensor | None]) -> Iterator[None]:
+        """Inside, in this thread, layer i attends under `mask(i, its own mask)`; None leaves out what comes after a token."""
+        before, self.active.mask = self.active.mask, mask
+        try:
+            yield
+        finally:
+            self.active.mask = before
 
     @contextmanager
     def checkpointing(self, enabled: bool = True) -> Iterator[None]:
@@ -256,9 +279,18 @@ class BaseModel:
             heads_BTI = attachment.mix(layer, query, heads_BTI)
         return (heads_BTI, *args[1:])
 
+    def _give_mask(
+        self, layer: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if self.active.mask is None:
+            return None
+        return args, {**kwargs, "attention_mask": self.active.mask(layer, kwargs["attention_mask"])}
+
     def _keep_output(self, layer: nn.Module, args: Any, output: Any) -> None:
         if self.active.outputs is not None:
             hidden_BTH = output[0] if isinstance(output, tuple) else output
+            if hidden_BTH.dim() != 3:
+                raise ValueError(f"layers of {type(self.model).__name__} hand on several streams: no hypernetwork can read them")
             self.active.outputs.append(hidden_BTH[:, -self.active.kept_positions :].to(torch.float32, copy=True))
 
     def _skip_where_outputs_are_kept(self, norm: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
@@ -306,12 +338,16 @@ def tokenizer_of(base: BaseModel) -> PreTrainedTokenizerBase:
 
 
 def load_base(
-    name_or_path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", attention: str = "sdpa"
+    name_or_path: str | Path,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    attention: str | None = None,
 ) -> BaseModel:
     """Loads a frozen base from a directory or by its Hugging Face name; safetensors only.
 
-    dtype: of the weights in memory. attention: transformers' name of the implementation ("sdpa", "eager", ...). Raises
-    `ValueError` for a path or name that holds no model, holds it as a pickle, lacks weights, or needs code of its own.
+    dtype: of the weights in memory. attention: transformers' name of the implementation ("sdpa", "eager", ...), by default sdpa
+    where the architecture allows it, else eager. Raises `ValueError` for a path or name that holds no model, holds it as a
+    pickle, lacks weights, or needs code of its own.
     """
     path = Path(name_or_path)
     if path.exists() and not (path / "config.json").is_file():

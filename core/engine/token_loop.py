@@ -14,6 +14,7 @@ import random
 import threading
 from collections import deque
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -25,6 +26,7 @@ from core.adapters.gated_memory import weights_of
 from core.adapters.lora import check_fits
 from core.adapters.spec import AdapterSpec, AdapterWeights, common_spec
 from core.engine.slot_cache import SlotCache
+from core.engine.windows import layer_windows
 
 FinishReason = Literal["stop", "length", "error"]
 
@@ -138,7 +140,8 @@ class Engine:
         _check_model(base, self.max_length)
         if spec is not None:
             check_fits(base, spec)
-        self._eager = base.model.config._attn_implementation == "eager"
+        self._eager = base.model.config.get_text_config()._attn_implementation == "eager"
+        self._windows = layer_windows(base)
         self._cache = SlotCache(len(base.layers), slots, self.max_length)
         self._arange = torch.arange(max(self.max_length, slots), device=base.device)
         self._flat_SN: Tensor | None = None
@@ -262,14 +265,22 @@ class Engine:
         ids_B, position_B = torch.tensor([[row.last_id for row in rows], [row.length for row in rows]], device=self.base.device)
         longest = 1 + max(row.length for row in rows)
         self._cache.decode(self._arange[: len(rows)], position_B, longest)
-        visible_B11T = (self._arange[:longest] <= position_B[:, None])[:, None, None]
-        if self._eager:
-            lowest = torch.finfo(self.base.dtype).min
-            visible_B11T = torch.zeros_like(visible_B11T, dtype=self.base.dtype).masked_fill(~visible_B11T, lowest)
-        hidden_B1H = self._forward(0, rows, ids_B[:, None], position_B[:, None], visible_B11T)
+        masks = {window: self._mask(position_B, longest, window) for window in {None, *self._windows}}
+        with self.base.masking(lambda layer, mask: masks[self._windows[layer]]) if len(masks) > 1 else nullcontext():
+            hidden_B1H = self._forward(0, rows, ids_B[:, None], position_B[:, None], masks[None])
         for row in rows:
             row.length += 1
         return self._emit(0, self._choose(hidden_B1H[:, 0], rows))
+
+    def _mask(self, position_B: Tensor, longest: int, window: int | None) -> Tensor:
+        """`[B, 1, 1, longest]`: what each row's newest token sees in a layer of this window."""
+        visible_BT = self._arange[:longest] <= position_B[:, None]
+        if window is not None:
+            visible_BT &= self._arange[:longest] > position_B[:, None] - window
+        if not self._eager:
+            return visible_BT[:, None, None]
+        hidden = torch.finfo(self.base.dtype).min
+        return torch.zeros_like(visible_BT, dtype=self.base.dtype).masked_fill_(~visible_BT, hidden)[:, None, None]
 
     def _next_to_read(self) -> list[_Row]:
         """Rows that read their prompts in this step: whole prompts that fit the budget together, or a piece of a longer one."""
@@ -334,7 +345,7 @@ class Engine:
 
     def _choose(self, hidden_BH: Tensor, rows: list[_Row]) -> list[int]:
         """The next token of each row, -1 where logits are not finite."""
-        logits_BV = self.base.head(hidden_BH)
+        logits_BV = self.base.logits(hidden_BH)
         top_B, id_B = logits_BV.max(dim=-1)
         drawing = [index for index, row in enumerate(rows) if row.random is not None]
         if drawing:
@@ -418,41 +429,21 @@ def _check_model(base: BaseModel, max_length: int) -> None:
         raise ValueError(f"max_length is {max_length}: this base takes 2 to {base.max_length} tokens")
     if config._attn_implementation not in ("eager", "sdpa"):
         raise ValueError(f"the base runs {config._attn_implementation} attention: load it with attention='sdpa' or 'eager'")
-    kinds = set(getattr(config, "layer_types", None) or ())
-    if unknown := kinds - {"full_attention", "sliding_attention"}:
-        raise ValueError(f"the base has layers of kind {', '.join(sorted(unknown))}: the engine runs full attention only")
-    window = getattr(config, "sliding_window", None)
-    if window is not None and (not kinds or "sliding_attention" in kinds) and max_length > window:
-        raise ValueError(f"the base attends to the last {window} tokens only: give the engine a max_length of at most {window}")
-    rope = getattr(config, "rope_parameters", None) or {}
-    limit = rope.get("original_max_position_embeddings", max_length)
-    if rope.get("rope_type") == "longrope" and max_length > limit:
-        raise ValueError(f"a row beyond {limit} tokens would change the positions of all: give a max_length of at most {limit}")
-    if not _head_gives_logits(base):
-        raise ValueError(f"{type(base.model).__name__} scales or caps what its head gives or takes: the engine would not")
+    if unknown := set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:
+        raise ValueError(f"the base has layers of kind {', '.join(sorted(unknown))}: the engine runs full or sliding attention")
+    chosen = getattr(config, "keep_window_size", max_length)
+    if max_length > chosen:
+        raise ValueError(f"the base picks {chosen} tokens by content where there are more: give a max_length of at most {chosen}")
+    for rope in _ropes(getattr(config, "rope_parameters", None) or {}):
+        limit = rope.get("original_max_position_embeddings", max_length)
+        if rope.get("rope_type") == "longrope" and max_length > limit:
+            raise ValueError(f"a row beyond {limit} tokens would change all positions: give a max_length of at most {limit}")
 
 
-@torch.inference_mode()
-def _head_gives_logits(base: BaseModel) -> bool:
-    """Whether the model's logits are its head over its final hidden states and nothing else: seen in one pass.
-
-    Over two tokens: one of them may be padding, whose embedding of zeros would hide a factor.
-    """
-    seen: dict[str, Tensor] = {}
-
-    def watch(module: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
-        seen["hidden"], seen["logits"] = args[0], output.clone()
-
-    def watch_decoder(module: Any, args: Any, output: Any) -> None:
-        seen["decoder"] = output.last_hidden_state.clone()
-
-    hooks = base.head.register_forward_hook(watch), base.decoder.register_forward_hook(watch_decoder)
-    try:
-        output = base.model(input_ids=torch.tensor([[0, 1]], device=base.device), use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return torch.equal(seen["hidden"], seen["decoder"]) and torch.equal(output.logits, seen["logits"].to(output.logits.dtype))
+def _ropes(parameters: dict[str, Any]) -> list[dict[str, Any]]:
+    """One for all layers, or one for each kind of layer."""
+    each = [value for value in parameters.values() if isinstance(value, dict)]
+    return each or [parameters]
 
 
 @dataclass(frozen=True)

@@ -374,7 +374,7 @@ def recall(
         with weights.attach(base):
             hidden_BTH = base.hidden_states(batch.ids_BT, batch.mask_BT)
         supervised = batch.labels_BT[:, 1:] != IGNORED
-        wrong_T: Tensor = base.head(hidden_BTH[:, :-1][supervised]).argmax(dim=-1) != batch.labels_BT[:, 1:][supervised]
+        wrong_T: Tensor = base.logits(hidden_BTH[:, :-1][supervised]).argmax(dim=-1) != batch.labels_BT[:, 1:][supervised]
         missed = supervised.nonzero()[:, 0][wrong_T].unique().numel()
         right += len(picked) - missed
     return right / len(examples) if examples else None

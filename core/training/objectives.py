@@ -31,7 +31,7 @@ def row_losses(base: BaseModel, batch: Batch, weights: LoraWeights | None, index
     hidden_TH, targets_T = hidden_BTH[:, :-1][supervised], batch.labels_BT[:, 1:][supervised]
     losses_T = torch.cat(
         [
-            torch.nn.functional.cross_entropy(_precise(base.head(hidden)), targets, reduction="none")
+            torch.nn.functional.cross_entropy(_precise(base.logits(hidden)), targets, reduction="none")
             for hidden, targets in zip(hidden_TH.split(HEAD_ROWS), targets_T.split(HEAD_ROWS), strict=True)
         ]
     )

@@ -47,12 +47,12 @@ def test_a_saved_model_loads_as_it_was(architecture, tied, tmp_path):
     with torch.no_grad():
         assert torch.equal(loaded.model(input_ids=ids_BT).logits, made.model(input_ids=ids_BT).logits)
         states_BTH = loaded.hidden_states(ids_BT)
-        assert torch.allclose(loaded.head(states_BTH), made.model(input_ids=ids_BT).logits, atol=1e-5)
+        assert torch.allclose(loaded.logits(states_BTH), made.model(input_ids=ids_BT).logits, atol=1e-5)
     assert loaded.fingerprint == made.fingerprint
     assert loaded.tokenizer is None and loaded.max_length == 256 and loaded.hidden_size == 32
     assert loaded.dtype == torch.float32 and loaded.device == torch.device("cpu")
     assert not loaded.model.training and not any(parameter.requires_grad for parameter in loaded.model.parameters())
-    assert (loaded.head.weight is loaded.embedding.weight) == tied
+    assert (loaded.model.get_output_embeddings().weight is loaded.embedding.weight) == tied
     assert len(loaded.linears) == 3 * len(SITES)
     assert loaded.linear_names[2, "down"] == "model.layers.2.mlp.down_proj"
 
