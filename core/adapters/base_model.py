@@ -8,10 +8,8 @@ It does not know what an adapter computes; it only holds the stack of active one
 runs a layer again during backward.
 """
 
-import hashlib
-import json
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
@@ -24,11 +22,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from core.adapters.head import Head
+from core.adapters.identity import identity
 from core.adapters.spec import SITES, AdapterSpec, SiteShape
-from core.config import digest
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
-NOT_IDENTITY = ("_name_or_path", "dtype", "torch_dtype", "transformers_version", "use_cache", "architectures")
 
 
 class Attachment:
@@ -89,17 +86,23 @@ class _Reattaching:
 class BaseModel:
     """A frozen decoder with hooked sites.
 
-    `model` is the transformers model in eval mode with no trainable parameter; `tokenizer` is None where there is none. Raises
-    `ValueError` when a layer lacks one of the seven linears, or has it twice (fused, expert and shared layers), and for a model
-    that looks ahead or whose logits cannot be had from its hidden states (`core.adapters.head`).
+    `model` is the transformers model in eval mode with no trainable parameter; `tokenizer` is None where there is none.
+    stored_dtype: the type of the checkpoint that it was loaded from. stored: loads that again, where `model` is less exact.
+
+    Raises `ValueError` when a layer lacks one of the seven linears, or has it twice (fused, expert and shared layers), and for a
+    model that looks ahead or whose logits cannot be had from its hidden states (`core.adapters.head`).
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, stored_dtype: torch.dtype | None = None
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        stored_dtype: torch.dtype | None = None,
+        stored: Callable[[], PreTrainedModel] | None = None,
     ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
-        self._stored_dtype = stored_dtype
+        self._stored_dtype, self._stored = stored_dtype, stored
         self.decoder = cast(nn.Module, model.get_decoder())
         if not hasattr(self.decoder, "layers") or not hasattr(self.decoder, "norm"):
             raise ValueError(
@@ -236,23 +239,11 @@ class BaseModel:
     def fingerprint(self) -> str:
         """SHA-256 (hex) of weights, configuration, quantisation, tokenizer and chat template.
 
-        Weights are read as the checkpoint's own type, so a bf16 checkpoint has one fingerprint whether it runs in bf16 or fp32.
-        Costs one pass over the weights.
+        Weights are read as the checkpoint's own type: a checkpoint has one fingerprint, whatever it runs in. Costs one pass over
+        the weights; they are loaded again, on the CPU, where memory holds them less exactly than the checkpoint.
         """
-        config = {key: value for key, value in self.model.config.to_dict().items() if key not in NOT_IDENTITY}
-        weights = hash_tensors(self.model.named_parameters(), self._stored_dtype)
-        return digest({"weights": weights, "config": json.loads(json.dumps(config, default=str)), **self._text_identity()})
-
-    def _text_identity(self) -> dict[str, str | None]:
-        if self.tokenizer is None:
-            return {"tokenizer": None, "chat_template": None}
-        vocabulary = json.dumps(sorted(self.tokenizer.get_vocab().items()))
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        description = json.loads(vocabulary if backend is None else backend.to_str())
-        if backend is not None:  # state that calling the tokenizer leaves behind
-            description["padding"] = description["truncation"] = None
-        tokens = {name: str(token) for name, token in self.tokenizer.special_tokens_map.items()}
-        return {"tokenizer": digest([description, tokens]), "chat_template": self.tokenizer.chat_template}
+        model = self.model if self._stored is None else self._stored()
+        return identity(model.named_parameters(), self._stored_dtype, self.model.config, self.tokenizer)
 
     def _apply_attachments(self, layer: int, site: str, linear: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         for attachment in self.active.stack:
@@ -318,18 +309,6 @@ def _sites(layer: int, block: nn.Module) -> dict[str, nn.Linear]:
     return linears
 
 
-def hash_tensors(named: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None = None) -> str:
-    """SHA-256 (hex) over names, types, shapes and bytes; floating tensors are read as `dtype` where one is given."""
-    state = hashlib.sha256()
-    for name, tensor in sorted(named, key=lambda item: item[0]):
-        stored = tensor.detach()
-        if dtype is not None and stored.is_floating_point():
-            stored = stored.to(dtype)
-        state.update(f"{name} {stored.dtype} {tuple(stored.shape)}\n".encode())
-        state.update(stored.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return state.hexdigest()
-
-
 def tokenizer_of(base: BaseModel) -> PreTrainedTokenizerBase:
     """The base's tokenizer; raises `ValueError` where it has none."""
     if base.tokenizer is None:
@@ -354,19 +333,27 @@ def load_base(
         raise ValueError(f"{path} holds no config.json: give a model directory in Hugging Face's layout, or a model's name")
     try:
         config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name_or_path,
-            dtype=dtype,
-            attn_implementation=attention,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
+        model: Any = _load(name_or_path, dtype, attention)
     except OSError as error:
         raise ValueError(f"no model with safetensors weights at {name_or_path}: {str(error).splitlines()[0]}") from error
+    has_tokenizer = not path.exists() or any((path / name).is_file() for name in TOKENIZER_FILES)
+    tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False) if has_tokenizer else None
+    stored_dtype = config.dtype or config.get_text_config().dtype
+    exact = stored_dtype is not None and torch.promote_types(stored_dtype, dtype) == dtype
+    stored = None if exact else partial(_load, name_or_path, stored_dtype or "auto", attention)
+    return BaseModel(model.to(device), tokenizer, stored_dtype, stored)
+
+
+def _load(name_or_path: str | Path, dtype: torch.dtype | str, attention: str | None) -> PreTrainedModel:
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        name_or_path,
+        dtype=dtype,
+        attn_implementation=attention,
+        use_safetensors=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+    )
     model, loading = loaded
     if absent := sorted({*loading["missing_keys"], *map(str, loading["mismatched_keys"])}):
         raise ValueError(f"{name_or_path} lacks weights that its config.json asks for: {', '.join(absent[:3])}")
-    has_tokenizer = not path.exists() or any((path / name).is_file() for name in TOKENIZER_FILES)
-    tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False) if has_tokenizer else None
-    return BaseModel(model.to(device), tokenizer, stored_dtype=config.dtype)
+    return cast(PreTrainedModel, model)

@@ -6,7 +6,7 @@ copied and the model stays as it is. Cost: that of the head, and about 20 us a c
 """
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +58,7 @@ class Head:
         Costs a pass over two rows of two tokens. They start alike, and not both with padding, whose embedding of zeros would
         hide what is multiplied.
         """
-        last = model.get_input_embeddings().num_embeddings - 1
+        last = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings - 1
         ids_BT = torch.tensor([[last, 0], [last, 1]], device=model.device)
         seen: list[Tensor] = []
         hook = decoder.register_forward_hook(lambda module, args, output: seen.append(output.last_hidden_state))

@@ -29,10 +29,11 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from core.adapters import files as adapter_files
-from core.adapters.base_model import BaseModel, hash_tensors, tokenizer_of
+from core.adapters.base_model import BaseModel, tokenizer_of
 from core.adapters.codec import Encoding, decode, encode
 from core.adapters.deltas import changes_anything
 from core.adapters.gated_memory import weights_of
+from core.adapters.identity import hash_tensors
 from core.adapters.lora import LoraWeights, composed, recompress, stack
 from core.adapters.spec import AdapterWeights
 from core.config import Section, identity

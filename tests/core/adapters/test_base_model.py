@@ -1,5 +1,6 @@
 """Loading a base, what is refused, what its fingerprint covers, and recomputation in backward."""
 
+import json
 import threading
 from pathlib import Path
 
@@ -20,7 +21,9 @@ from transformers import (
 
 from core.adapters.base_model import BaseModel, load_base
 from core.adapters.spec import SITES
+from tests.architectures import tiny_model
 from tests.models import random_ids, tiny_base, tiny_config
+from tests.places import ROOT
 
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
@@ -140,7 +143,31 @@ def test_a_bf16_checkpoint_has_one_fingerprint(tmp_path):
     assert load_base(tmp_path / "half", attention="eager").fingerprint == half.fingerprint
     saved(tmp_path / "full")
     assert load_base(tmp_path / "full").fingerprint != half.fingerprint
-    assert load_base(tmp_path / "full", dtype=torch.bfloat16).fingerprint != load_base(tmp_path / "full").fingerprint
+
+
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_checkpoint_has_one_fingerprint_whatever_it_runs_in(stored, named, tmp_path):
+    """Also where its config.json does not name its type."""
+    saved(tmp_path, stored)
+    config = json.loads((tmp_path / "config.json").read_text())
+    if not named:
+        del config["dtype"]
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    prints = {load_base(tmp_path, dtype=dtype).fingerprint for dtype in (torch.float32, torch.bfloat16, torch.float16)}
+    assert prints == {load_base(tmp_path, dtype=stored).fingerprint}
+    assert prints == {BaseModel(tiny_base(dtype=stored).model).fingerprint}
+
+
+def test_the_type_of_a_part_is_no_identity(tmp_path):
+    tiny_model("gemma3").save_pretrained(tmp_path)
+    assert load_base(tmp_path).fingerprint == load_base(tmp_path, dtype=torch.bfloat16).fingerprint
+
+
+def test_the_reference_base_keeps_its_fingerprint():
+    card = json.loads((ROOT / "assets/reference/model_card.json").read_text())
+    for dtype in (torch.float32, torch.bfloat16):
+        assert load_base(ROOT / "assets/reference/base", dtype=dtype).fingerprint == card["base"]["fingerprint"]
 
 
 def test_one_weight_changes_the_fingerprint():
