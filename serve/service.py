@@ -24,7 +24,7 @@ from core.lift.examples import Wording
 from core.store.demand import DemandCounter
 from core.store.errors import StoreError
 from core.store.store import Store
-from core.text.prompts import encode, head_tail, in_context, prompt, stop_ids
+from core.text.prompts import encode, head_tail, in_context, prompt, raw_prompt
 from serve.engines import AsyncEngine, Draining, EngineFailed, Overloaded, Refused
 from serve.residency import AdapterUnusable, Residency
 from serve.resolver import ModeImpossible, Resolution, Resolver, UnknownModel
@@ -71,7 +71,7 @@ class Service:
     def __init__(self, base: BaseModel, store: Store, settings: ServeSettings) -> None:
         run = settings.run
         self._tokenizer = tokenizer_of(base)
-        self._stop_ids = stop_ids(self._tokenizer)
+        self._stop_ids = base.stop_ids
         self._run = run
         self.store = store
         self.resolver = Resolver(
@@ -158,10 +158,7 @@ class Service:
                 return prompt(self._tokenizer, messages)
             except ValueError as error:
                 raise ApiError(400, str(error), param="messages") from None
-        asked = body.one_prompt()
-        if isinstance(asked, list):
-            return asked if shown is None else [*encode(self._tokenizer, in_context(shown, "")), *asked]
-        return encode(self._tokenizer, asked if shown is None else in_context(shown, asked))
+        return raw_prompt(self._tokenizer, body.one_prompt(), shown)
 
     def _request(
         self, body: ChatRequest | CompletionRequest, prompt_ids: Sequence[int], adapter: AdapterWeights | None

@@ -24,6 +24,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from core.adapters.head import Head
 from core.adapters.identity import identity
 from core.adapters.spec import SITES, AdapterSpec, SiteShape
+from core.text.prompts import stop_ids
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
@@ -148,6 +149,15 @@ class BaseModel:
     def max_length(self) -> int:
         """Positions that the base was made for, in tokens."""
         return int(self.model.config.get_text_config().max_position_embeddings)
+
+    @cached_property
+    def stop_ids(self) -> frozenset[int]:
+        """The ids that end an answer, by tokenizer, chat template, and the model's configurations. Raises without a tokenizer."""
+        said: set[int] = set()
+        for config in (self.model.generation_config, self.model.config.get_text_config()):
+            ids = getattr(config, "eos_token_id", None)
+            said.update(ids if isinstance(ids, list) else [] if ids is None else [ids])
+        return stop_ids(tokenizer_of(self), said)
 
     def linear_shape(self, layer: int, site: str) -> tuple[int, int]:
         """Input and output features of a linear."""

@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from core.config import Section
+from core.text.control import Ours
 from core.text.documents import windows_at_borders
 from core.text.prompts import IGNORED, Instructions, Limits, Turn, cut_text, encode_context, in_context, render
 from core.text.tokens import read
@@ -141,7 +142,7 @@ def reconstruction(
 ) -> Example:
     """The text as context; asked for, it is given back."""
     context_ids = encode_context(tokenizer, text, limits)
-    return _example(tokenizer, context_ids, [Turn(instructions.reconstruct, text)], limits)
+    return _example(tokenizer, context_ids, [Turn(Ours(instructions.reconstruct), text)], limits)
 
 
 def completion(
@@ -153,7 +154,7 @@ def completion(
 ) -> Example:
     """The text without its last words as context; asked for, the full text is given."""
     context_ids = encode_context(tokenizer, shortened(text, removed_share), limits)
-    return _example(tokenizer, context_ids, [Turn(instructions.complete, text)], limits)
+    return _example(tokenizer, context_ids, [Turn(Ours(instructions.complete), text)], limits)
 
 
 def shortened(text: str, removed_share: float) -> str:
@@ -188,13 +189,14 @@ def pretraining_example(
         if rng.random() < pretraining.completion_frequency:
             share = rng.uniform(pretraining.removed_share_min, pretraining.removed_share_max)
             contexts.append(shortened(text, share))
-            turns.append(Turn(instructions.complete, text))
+            turns.append(Turn(Ours(instructions.complete), text))
         else:
             contexts.append(text)
-            turns.append(Turn(instructions.reconstruct, text))
+            turns.append(Turn(Ours(instructions.reconstruct), text))
     rng.shuffle(contexts)
     rng.shuffle(turns)
-    return _example(tokenizer, encode_context(tokenizer, instructions.separator.join(contexts), limits), turns, limits)
+    separated = tuple(part for context in contexts for part in (Ours(instructions.separator), context))[1:]
+    return _example(tokenizer, encode_context(tokenizer, separated, limits), turns, limits)
 
 
 def question_examples(
@@ -242,7 +244,7 @@ def in_context_example(
     if not qas:
         raise ValueError("an in-context example needs at least one question")
     first, *rest = qas
-    shown = in_context(cut_text(tokenizer, document_text, limits), first.question)
+    shown = (in_context(cut_text(tokenizer, document_text, limits), ""), first.question)
     room = Limits(conversation_tokens=limits.context_tokens + limits.conversation_tokens)
     return _example(tokenizer, (), [Turn(shown, first.answer), *(Turn(*qa) for qa in rest)], room)
 

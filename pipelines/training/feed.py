@@ -30,6 +30,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from core.config import Section
 from core.lift.course import Curriculum
 from core.lift.examples import Reading, Wording, draw_pieces, recital, segment_example, timeline_example
+from core.text.control import Ours
 from core.text.documents import Window, segments
 from core.text.prompts import Instructions, Limits, Turn, encode, render
 from core.text.sentences import sentences
@@ -326,7 +327,8 @@ def _keywords(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], feed: Fee
 
 
 def _recitation(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], feed: Feed, rng: random.Random) -> Example:
-    return in_context_example(tokenizer, row["text"], [QuestionAnswer(feed.instructions.reconstruct, row["text"])], feed.limits)
+    asked = QuestionAnswer(Ours(feed.instructions.reconstruct), row["text"])
+    return in_context_example(tokenizer, row["text"], [asked], feed.limits)
 
 
 def _question_only(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], feed: Feed, rng: random.Random) -> Example:
