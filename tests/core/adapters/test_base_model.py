@@ -208,6 +208,21 @@ def test_using_the_tokenizer_leaves_the_fingerprint(tmp_path):
     assert used.fingerprint == fresh.fingerprint
 
 
+def test_answers_end_where_the_model_s_configurations_say(tmp_path):
+    """`generation_config.json` lists end marks that neither the tokenizer nor its template names."""
+    saved(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    assert load_base(tmp_path).stop_ids == {2}
+    for ids, expected in (([5, 6], {2, 5, 6}), (7, {2, 7})):
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+        assert load_base(tmp_path).stop_ids == expected
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "eos_token_id": [2, 4]}))
+    assert load_base(tmp_path).stop_ids == {2, 4, 7}
+    with pytest.raises(ValueError, match="has no tokenizer"):
+        assert tiny_base().stop_ids
+
+
 # Recomputation
 
 
