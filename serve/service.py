@@ -19,7 +19,8 @@ from core.adapters.base_model import BaseModel, tokenizer_of
 from core.adapters.gated_memory import memory_spec
 from core.adapters.lora import check_fits
 from core.adapters.spec import AdapterSpec, AdapterWeights, Gate, common_spec
-from core.engine.token_loop import Engine, Request, Sampling, Token
+from core.engine.requests import Request, Sampling, Token
+from core.engine.token_loop import Engine
 from core.lift.examples import Wording
 from core.store.demand import DemandCounter
 from core.store.errors import StoreError

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from core.adapters.base_model import BaseModel
 from core.adapters.lora import LoraWeights
-from core.engine.token_loop import Request, generate
+from core.engine.requests import Request
+from core.engine.token_loop import generate
 from core.store.manifest import NewAdapter, Producer
 from core.store.store import Store
 from core.text.documents import Document, Window

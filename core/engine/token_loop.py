@@ -9,14 +9,12 @@ Cost of S slots: keys and values of S x capacity tokens, capacity doubling as re
 once there is an adapter. A step is one pass of one token a running row, and at most one over `prefill_tokens_per_step` tokens.
 """
 
-import math
 import random
 import threading
 from collections import deque
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -25,67 +23,10 @@ from core.adapters.base_model import BaseModel
 from core.adapters.gated_memory import weights_of
 from core.adapters.lora import check_fits
 from core.adapters.spec import AdapterSpec, AdapterWeights, common_spec
+from core.engine.attention import check_base, layer_windows
+from core.engine.requests import Completion, EngineStats, FinishReason, Request, Token
+from core.engine.sampling import draw
 from core.engine.slot_cache import SlotCache
-from core.engine.windows import layer_windows
-
-FinishReason = Literal["stop", "length", "error"]
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are chosen: the likeliest one at temperature 0, else a draw from the nucleus (Holtzman et al., ICLR 2020).
-
-    The nucleus is the smallest set of tokens that holds `top_p` of the probability. Equal seeds give equal draws; None is a new
-    seed.
-    """
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature is {self.temperature}: give 0 (greedy) or a positive number")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}: give more than 0 and at most 1")
-
-
-@dataclass(frozen=True, eq=False)
-class Request:
-    """A prompt to continue by up to `max_tokens` tokens, or to the first of `stop_ids`; `adapter` holds one adapter."""
-
-    request_id: str
-    prompt_ids: Sequence[int]
-    max_tokens: int
-    adapter: AdapterWeights | None = None
-    stop_ids: frozenset[int] = frozenset()
-    sampling: Sampling = Sampling()
-
-
-@dataclass(frozen=True)
-class Token:
-    """One new token of a request; its last one says why it is the last.
-
-    "stop": `token_id` is the stop id itself, no part of the answer. "length": `max_tokens` are made. "error": the logits were not
-    finite (an adapter whose products overflow); `token_id` is -1.
-    """
-
-    request_id: str
-    token_id: int
-    finish_reason: FinishReason | None = None
-
-
-@dataclass(frozen=True)
-class EngineStats:
-    """Requests now in the engine, work done since it was made, and what its buffers hold."""
-
-    running: int
-    waiting: int
-    steps: int
-    prompt_tokens: int
-    generated_tokens: int
-    cache_bytes: int
-    adapter_bytes: int
 
 
 @dataclass(eq=False)
@@ -113,10 +54,11 @@ class _Inbox:
 class Engine:
     """Requests in by `submit`, tokens out by `step`.
 
-    base: with sdpa or eager attention. spec: the table that all adapters are padded to (`core.adapters.spec.common_spec`), None
-    for none. slots: rows that run at once; further requests wait their turn. max_length: prompt and new tokens of one request
-    together, by default the base's own limit. prefill_tokens_per_step: the most prompt tokens, padding included, that a step
-    reads while running rows wait for their next token; longer prompts are read in pieces.
+    base: with sdpa or eager attention, full or in sliding windows (`core.engine.attention`). spec: the table that all adapters
+    are padded to (`core.adapters.spec.common_spec`), None for none. slots: rows that run at once; further requests wait their
+    turn. max_length: prompt and new tokens of one request together, by default the base's own limit. prefill_tokens_per_step: the
+    most prompt tokens, padding included, that a step reads while running rows wait for their next token; longer prompts are read
+    in pieces.
 
     One thread calls `step`; any thread may call `submit`, `cancel`, `idle` and `stats`. Drop an engine whose `step` raised.
     Raises `ValueError` for a base whose tokens it could not reproduce.
@@ -137,7 +79,7 @@ class Engine:
         self.slots = slots
         self.max_length = base.max_length if max_length is None else max_length
         self.prefill_tokens_per_step = prefill_tokens_per_step
-        _check_model(base, self.max_length)
+        check_base(base, self.max_length)
         if spec is not None:
             check_fits(base, spec)
         self._eager = base.model.config.get_text_config()._attn_implementation == "eager"
@@ -350,7 +292,13 @@ class Engine:
         drawing = [index for index, row in enumerate(rows) if row.random is not None]
         if drawing:
             drawn = torch.tensor(drawing, device=self.base.device)
-            id_B[drawn] = _draw(logits_BV[drawn], [rows[index] for index in drawing])
+            samplings, uniform = [], []
+            for index in drawing:
+                draws = rows[index].random
+                assert draws is not None
+                samplings.append(rows[index].request.sampling)
+                uniform.append(draws.random())
+            id_B[drawn] = draw(logits_BV[drawn], samplings, uniform)
         return torch.where(top_B.isfinite(), id_B, -1).tolist()
 
     def _emit(self, first: int, ids: list[int]) -> list[Token]:
@@ -403,55 +351,6 @@ class Engine:
         self._cache.move(source, target)
         if self._flat_SN is not None:
             self._flat_SN[target] = self._flat_SN[source]
-
-
-def _draw(logits_BV: Tensor, rows: list[_Row]) -> Tensor:
-    """One token a row by inverting the distribution function of the nucleus at one uniform number of the row's own."""
-    temperature, top_p, uniform = [], [], []
-    for row in rows:
-        assert row.random is not None
-        temperature.append(row.request.sampling.temperature)
-        top_p.append(row.request.sampling.top_p)
-        uniform.append(row.random.random())
-    temperature_B1, top_p_B1, uniform_B1 = torch.tensor([temperature, top_p, uniform], device=logits_BV.device)[:, :, None]
-    logits_BV, id_BV = logits_BV.float().sort(dim=-1, descending=True, stable=True)
-    p_BV = ((logits_BV - logits_BV[:, :1]) / temperature_B1).softmax(dim=-1)
-    before_BV = p_BV.cumsum(dim=-1) - p_BV
-    p_BV = torch.where(before_BV < top_p_B1, p_BV, 0.0)
-    reached_BV = p_BV.cumsum(dim=-1)
-    index_B1 = (reached_BV <= uniform_B1 * reached_BV[:, -1:]).sum(dim=-1, keepdim=True)
-    return id_BV.gather(1, index_B1.clamp_max((p_BV > 0).sum(dim=-1, keepdim=True) - 1).clamp_min(0))[:, 0]
-
-
-def _check_model(base: BaseModel, max_length: int) -> None:
-    config = base.model.config.get_text_config()
-    if not 2 <= max_length <= base.max_length:
-        raise ValueError(f"max_length is {max_length}: this base takes 2 to {base.max_length} tokens")
-    if config._attn_implementation not in ("eager", "sdpa"):
-        raise ValueError(f"the base runs {config._attn_implementation} attention: load it with attention='sdpa' or 'eager'")
-    if unknown := set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:
-        raise ValueError(f"the base has layers of kind {', '.join(sorted(unknown))}: the engine runs full or sliding attention")
-    chosen = getattr(config, "keep_window_size", max_length)
-    if max_length > chosen:
-        raise ValueError(f"the base picks {chosen} tokens by content where there are more: give a max_length of at most {chosen}")
-    for rope in _ropes(getattr(config, "rope_parameters", None) or {}):
-        limit = rope.get("original_max_position_embeddings", max_length)
-        if rope.get("rope_type") == "longrope" and max_length > limit:
-            raise ValueError(f"a row beyond {limit} tokens would change all positions: give a max_length of at most {limit}")
-
-
-def _ropes(parameters: dict[str, Any]) -> list[dict[str, Any]]:
-    """One for all layers, or one for each kind of layer."""
-    each = [value for value in parameters.values() if isinstance(value, dict)]
-    return each or [parameters]
-
-
-@dataclass(frozen=True)
-class Completion:
-    """All new tokens of a request, without the stop id."""
-
-    token_ids: list[int]
-    finish_reason: FinishReason
 
 
 def generate(

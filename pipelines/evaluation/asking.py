@@ -22,7 +22,8 @@ from core.adapters.base_model import BaseModel, tokenizer_of
 from core.adapters.lora import LoraWeights, stack
 from core.adapters.spec import AdapterWeights
 from core.config import RunSection
-from core.engine.token_loop import Request, generate
+from core.engine.requests import Request
+from core.engine.token_loop import generate
 from core.shine.hypernetwork import Hypernetwork
 from core.text.prompts import Limits, clean_answer, cut_text, encode_context, in_context, prompt
 from core.training.examples import DEFAULT_LIMITS, Example, collate, in_context_example, question_answers, question_examples

@@ -12,7 +12,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from core.adapters.base_model import BaseModel, load_base
 from core.adapters.lora import attach
-from core.engine.token_loop import Engine, Request, generate
+from core.engine.requests import Request
+from core.engine.token_loop import Engine, generate
 from core.training.examples import Example, collate
 from core.training.objectives import language_loss, row_losses
 from tests.architectures import ARCHITECTURES, SHAPE, tiny_config, tiny_model

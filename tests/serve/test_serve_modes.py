@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 import imprint
 from core.adapters.gated_memory import weights_of
 from core.adapters.spec import SITES, AdapterWeights
-from core.engine.token_loop import Request, generate
+from core.engine.requests import Request
+from core.engine.token_loop import generate
 from core.lift.writer import LiftRecipe, LiftWriter
 from core.store.store import Store
 from core.text.prompts import clean_answer, encode, head_tail, in_context, prompt

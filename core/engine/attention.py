@@ -1,8 +1,9 @@
-"""How many tokens back each layer of a base sees, as the model itself masks them.
+"""Which bases the engine runs, and how many tokens back each of their layers sees, as the model itself masks them.
 
 Sliding windows differ between architectures, between layers, and in what configurations call them. So the model is watched: one
 token, with a cache that pretends to hold what came before, shows which of those keys every layer may look at. Two positions tell
-a window, which moves with the token, from a chunk, which does not. Cost: two passes of one token over the keys of two windows.
+a window, which moves with the token, from a chunk, which does not. The engine keeps keys that have left a window, and masks them.
+Cost: two passes of one token over the keys of two windows.
 """
 
 from typing import Any
@@ -40,6 +41,30 @@ class _Pretended(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         return -1
+
+
+def check_base(base: BaseModel, max_length: int) -> None:
+    """Raises `ValueError` for a base whose tokens the engine could not reproduce, and for a length that it does not take."""
+    config = base.model.config.get_text_config()
+    if not 2 <= max_length <= base.max_length:
+        raise ValueError(f"max_length is {max_length}: this base takes 2 to {base.max_length} tokens")
+    if config._attn_implementation not in ("eager", "sdpa"):
+        raise ValueError(f"the base runs {config._attn_implementation} attention: load it with attention='sdpa' or 'eager'")
+    if unknown := set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:
+        raise ValueError(f"the base has layers of kind {', '.join(sorted(unknown))}: the engine runs full or sliding attention")
+    chosen = getattr(config, "keep_window_size", max_length)
+    if max_length > chosen:
+        raise ValueError(f"the base picks {chosen} tokens by content where there are more: give a max_length of at most {chosen}")
+    for rope in _ropes(getattr(config, "rope_parameters", None) or {}):
+        limit = rope.get("original_max_position_embeddings", max_length)
+        if rope.get("rope_type") == "longrope" and max_length > limit:
+            raise ValueError(f"a row beyond {limit} tokens would change all positions: give a max_length of at most {limit}")
+
+
+def _ropes(parameters: dict[str, Any]) -> list[dict[str, Any]]:
+    """One for all layers, or one for each kind of layer."""
+    each = [value for value in parameters.values() if isinstance(value, dict)]
+    return each or [parameters]
 
 
 @torch.no_grad()
