@@ -7,8 +7,8 @@ engine. Knows nothing of models, stores and HTTP.
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from core.engine.requests import Token
 from core.engine.sampling import TokenLogprob
-from core.engine.token_loop import Token
 from serve.engines import Tokens
 from serve.errors import ApiError
 from serve.failures import as_api_errors

@@ -12,7 +12,8 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 
-from core.engine.token_loop import Engine, EngineStats, Request, Token
+from core.engine.requests import EngineStats, Request, Token
+from core.engine.token_loop import Engine
 
 log = logging.getLogger(__name__)
 

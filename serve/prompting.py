@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from core.text.prompts import encode, head_tail, in_context, prompt
+from core.text.prompts import encode, head_tail, in_context, prompt, raw_prompt
 from serve.errors import ApiError
 from serve.schema import ChatRequest, CompletionRequest
 
@@ -162,10 +162,8 @@ class Prompter:
         """All that the base sees. A document that is shown stands before the first message of the user, or before the prompt."""
         if isinstance(body, ChatRequest):
             return self._chat_ids(body, shown)
-        if isinstance(asked, list):
-            return asked if shown is None else [*encode(self._tokenizer, in_context(shown, "")), *asked]
         assert asked is not None
-        return encode(self._tokenizer, asked if shown is None else in_context(shown, asked))
+        return raw_prompt(self._tokenizer, asked, shown)
 
     def _chat_ids(self, body: ChatRequest, shown: str | None) -> list[int]:
         messages = [message.plain() for message in body.messages]

@@ -21,9 +21,9 @@ from core.adapters.gated_memory import memory_spec
 from core.adapters.lora import check_fits
 from core.adapters.spec import AdapterSpec, Gate, common_spec
 from core.adapters.weights import AdapterWeights
-from core.engine.token_loop import Engine, Request
+from core.engine.requests import Request
+from core.engine.token_loop import Engine
 from core.store.store import Store
-from core.text.prompts import stop_ids
 from serve.access import StoreAccess
 from serve.answers import Choice, pieces
 from serve.background import repeat
@@ -81,7 +81,7 @@ class Service:
         self.run = run
         self.store = store
         self._tokenizer = tokenizer_of(base)
-        self._stop_ids = stop_ids(self._tokenizer)
+        self._stop_ids = base.stop_ids
         self._texts = TokenTexts(self._tokenizer)
         self.resolver = Resolver(
             store, settings.tenant, settings.collection, settings.served_name, base.fingerprint, settings.producer

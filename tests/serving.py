@@ -12,11 +12,12 @@ from transformers import AutoModelForCausalLM
 
 from core.adapters.base_model import BaseModel
 from core.adapters.lora import LoraWeights
-from core.engine.token_loop import Request, generate
+from core.engine.requests import Request
+from core.engine.token_loop import generate
 from core.store.manifest import NewAdapter, Producer
 from core.store.store import Store
 from core.text.documents import Document, Window
-from core.text.prompts import clean_answer, in_context, prompt, stop_ids
+from core.text.prompts import clean_answer, in_context, prompt
 from pipelines.world.tokenizer import build_tokenizer
 from serve.api import create_app
 from serve.service import Service
@@ -89,7 +90,7 @@ def offline(world: World, question: str, adapter: int | None, shown: str | None 
     assert tokenizer is not None
     ids = prompt(tokenizer, [{"role": "user", "content": question if shown is None else in_context(shown, question)}])
     weights = None if adapter is None else world.weights.select(slice(adapter, adapter + 1))
-    done = generate(world.base, [Request("r", ids, tokens, weights, stop_ids(tokenizer))])["r"]
+    done = generate(world.base, [Request("r", ids, tokens, weights, world.base.stop_ids)])["r"]
     return clean_answer(str(tokenizer.decode(done.token_ids, skip_special_tokens=True)))
 
 

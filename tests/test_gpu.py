@@ -6,7 +6,8 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 from core.adapters.base_model import BaseModel
 from core.adapters.lora import attach
-from core.engine.token_loop import Request, generate
+from core.engine.requests import Request
+from core.engine.token_loop import generate
 from core.shine.hypernetwork import Hypernetwork, HypernetworkSettings
 from tests.core.shine.test_shine_parity import SETS, from_tensors, golden_base, load, lora_difference, loss_and_logits
 from tests.models import random_adapters, random_ids, tiny_base

@@ -31,7 +31,8 @@ import torch
 from benchmarks.lift.setup import settings
 from benchmarks.record import RESULTS, ROOT, write_result
 from core.adapters.base_model import BaseModel, load_base, tokenizer_of
-from core.engine.token_loop import Engine, Request
+from core.engine.requests import Request
+from core.engine.token_loop import Engine
 from core.lift.course import FixedQuestions
 from core.lift.settings import LiftRun
 from core.lift.trainer import Job, train

@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 from benchmarks.record import RESULTS, write_result
 from core.adapters.base_model import BaseModel, load_base, tokenizer_of
 from core.adapters.lora import LoraWeights
-from core.engine.token_loop import Request, generate
+from core.engine.requests import Request
+from core.engine.token_loop import generate
 from core.store.manifest import NewAdapter, Producer
 from core.store.store import Store
 from core.text.documents import Document, Window

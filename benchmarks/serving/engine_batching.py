@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 from benchmarks.record import RESULTS, write_result
 from core.adapters.base_model import BaseModel
 from core.adapters.lora import LoraWeights
-from core.engine.token_loop import Engine, Request
+from core.engine.requests import Request
+from core.engine.token_loop import Engine
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 4096,

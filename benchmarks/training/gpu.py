@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, Qwen3Con
 from benchmarks.record import RESULTS, write_result
 from core.adapters.base_model import BaseModel
 from core.adapters.lora import LoraWeights
-from core.engine.token_loop import Request, generate
+from core.engine.requests import Request
+from core.engine.token_loop import generate
 from core.shine.hypernetwork import Hypernetwork, HypernetworkSettings
 from core.shine.objective import hypernetwork_loss
 from core.training.examples import Batch

@@ -8,10 +8,8 @@ It does not know what an adapter computes; it only holds the stack of active one
 runs a layer again during backward.
 """
 
-import hashlib
-import json
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
@@ -23,11 +21,12 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from core.adapters.head import Head
+from core.adapters.identity import identity
 from core.adapters.spec import SITES, AdapterSpec, SiteShape
-from core.config import digest
+from core.text.prompts import stop_ids
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
-NOT_IDENTITY = ("_name_or_path", "dtype", "torch_dtype", "transformers_version", "use_cache", "architectures")
 
 
 class Attachment:
@@ -46,13 +45,17 @@ class Attachment:
 
 
 class _Active(threading.local):
-    """Of the current thread: attachments, outermost first; queries of the layer that runs; where gates and outputs are kept."""
+    """Of the current thread: attachments, outermost first; queries of the layer that runs; where gates and outputs are kept.
+
+    mask: what makes a layer's attention mask out of its own.
+    """
 
     stack: tuple[Attachment, ...] = ()
     query: Tensor | None = None
     gates: dict[int, Tensor] | None = None
     outputs: list[Tensor] | None = None
     kept_positions: int = 0
+    mask: Callable[[int, Tensor | None], Tensor | None] | None = None
 
     @contextmanager
     def only(self, stack: tuple[Attachment, ...]) -> Iterator[None]:
@@ -84,23 +87,30 @@ class _Reattaching:
 class BaseModel:
     """A frozen decoder with hooked sites.
 
-    `model` is the transformers model in eval mode with no trainable parameter; `tokenizer` is None where there is none. Raises
-    `ValueError` when a layer lacks one of the seven linears, or has it twice (fused, expert and shared layers).
+    `model` is the transformers model in eval mode with no trainable parameter; `tokenizer` is None where there is none.
+    stored_dtype: the type of the checkpoint that it was loaded from. stored: loads that again, where `model` is less exact.
+
+    Raises `ValueError` when a layer lacks one of the seven linears, or has it twice (fused, expert and shared layers), and for a
+    model that looks ahead or whose logits cannot be had from its hidden states (`core.adapters.head`).
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, stored_dtype: torch.dtype | None = None
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        stored_dtype: torch.dtype | None = None,
+        stored: Callable[[], PreTrainedModel] | None = None,
     ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
-        self._stored_dtype = stored_dtype
+        self._stored_dtype, self._stored = stored_dtype, stored
         self.decoder = cast(nn.Module, model.get_decoder())
         if not hasattr(self.decoder, "layers") or not hasattr(self.decoder, "norm"):
             raise ValueError(
                 f"{type(model).__name__} has no decoder with layers and a last norm: use one built like Llama or Qwen"
             )
         self.embedding = cast(nn.Embedding, model.get_input_embeddings())
-        self.head = cast(nn.Linear, model.get_output_embeddings())
+        self._head = Head(model, self.decoder)
         self.layers = cast(nn.ModuleList, self.decoder.layers)
         self.last_norm = cast(nn.Module, self.decoder.norm)
         self.last_norm.register_forward_pre_hook(self._skip_where_outputs_are_kept)
@@ -110,6 +120,7 @@ class BaseModel:
         names = {module: name for name, module in model.named_modules()}
         for layer, block in enumerate(self.layers):
             block.register_forward_pre_hook(self._keep_attachments_when_run_again)
+            block.register_forward_pre_hook(partial(self._give_mask, layer), with_kwargs=True)
             block.register_forward_hook(self._keep_output)
             for site, linear in _sites(layer, block).items():
                 self.linears[layer, site] = linear
@@ -119,6 +130,8 @@ class BaseModel:
             self.linears[layer, "o"].register_forward_pre_hook(partial(self._mix_heads, layer))
         if len(set(self.linears.values())) != len(self.linears):
             raise ValueError("this model shares linears between layers: adapters need one linear for each layer and site")
+        if self.device.type != "meta":
+            self._head.check(model, self.decoder)
 
     @property
     def hidden_size(self) -> int:
@@ -136,6 +149,15 @@ class BaseModel:
     def max_length(self) -> int:
         """Positions that the base was made for, in tokens."""
         return int(self.model.config.get_text_config().max_position_embeddings)
+
+    @cached_property
+    def stop_ids(self) -> frozenset[int]:
+        """The ids that end an answer, by tokenizer, chat template, and the model's configurations. Raises without a tokenizer."""
+        said: set[int] = set()
+        for config in (self.model.generation_config, self.model.config.get_text_config()):
+            ids = getattr(config, "eos_token_id", None)
+            said.update(ids if isinstance(ids, list) else [] if ids is None else [ids])
+        return stop_ids(tokenizer_of(self), said)
 
     def linear_shape(self, layer: int, site: str) -> tuple[int, int]:
         """Input and output features of a linear."""
@@ -173,14 +195,15 @@ class BaseModel:
         output = self.decoder(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False)
         return cast(Tensor, output.last_hidden_state)
 
-    def logits(self, hidden_TH: Tensor) -> Tensor:
-        """`[..., V]` next-token scores of final hidden states."""
-        return cast(Tensor, self.head(hidden_TH))
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The model's own logits `[..., V]` from its final hidden states `[..., H]`."""
+        return self._head(hidden)
 
     def layer_outputs(self, inputs_BTH: Tensor, mask_BT: Tensor, count: int) -> list[Tensor]:
         """`[B, count, H]` fp32 of every layer: its output (before the last norm) at the last `count` positions.
 
-        Positions count from column 0, padding included. The last norm and the head are not computed.
+        Positions count from column 0, padding included. The last norm and the head are not computed. Raises `ValueError` for
+        layers that give more than one vector a token.
         """
         outputs: list[Tensor] = []
         self.active.outputs, self.active.kept_positions = outputs, count
@@ -190,6 +213,15 @@ class BaseModel:
         finally:
             self.active.outputs = None
         return outputs
+
+    @contextmanager
+    def masking(self, mask: Callable[[int, Tensor | None], Tensor | None]) -> Iterator[None]:
+        """Inside, in this thread, layer i attends under `mask(i, its own mask)`; None leaves out what comes after a token."""
+        before, self.active.mask = self.active.mask, mask
+        try:
+            yield
+        finally:
+            self.active.mask = before
 
     @contextmanager
     def checkpointing(self, enabled: bool = True) -> Iterator[None]:
@@ -217,23 +249,11 @@ class BaseModel:
     def fingerprint(self) -> str:
         """SHA-256 (hex) of weights, configuration, quantisation, tokenizer and chat template.
 
-        Weights are read as the checkpoint's own type, so a bf16 checkpoint has one fingerprint whether it runs in bf16 or fp32.
-        Costs one pass over the weights.
+        Weights are read as the checkpoint's own type: a checkpoint has one fingerprint, whatever it runs in. Costs one pass over
+        the weights; they are loaded again, on the CPU, where memory holds them less exactly than the checkpoint.
         """
-        config = {key: value for key, value in self.model.config.to_dict().items() if key not in NOT_IDENTITY}
-        weights = hash_tensors(self.model.named_parameters(), self._stored_dtype)
-        return digest({"weights": weights, "config": json.loads(json.dumps(config, default=str)), **self._text_identity()})
-
-    def _text_identity(self) -> dict[str, str | None]:
-        if self.tokenizer is None:
-            return {"tokenizer": None, "chat_template": None}
-        vocabulary = json.dumps(sorted(self.tokenizer.get_vocab().items()))
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        description = json.loads(vocabulary if backend is None else backend.to_str())
-        if backend is not None:  # state that calling the tokenizer leaves behind
-            description["padding"] = description["truncation"] = None
-        tokens = {name: str(token) for name, token in self.tokenizer.special_tokens_map.items()}
-        return {"tokenizer": digest([description, tokens]), "chat_template": self.tokenizer.chat_template}
+        model = self.model if self._stored is None else self._stored()
+        return identity(model.named_parameters(), self._stored_dtype, self.model.config, self.tokenizer)
 
     def _apply_attachments(self, layer: int, site: str, linear: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         for attachment in self.active.stack:
@@ -260,9 +280,18 @@ class BaseModel:
             heads_BTI = attachment.mix(layer, query, heads_BTI)
         return (heads_BTI, *args[1:])
 
+    def _give_mask(
+        self, layer: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if self.active.mask is None:
+            return None
+        return args, {**kwargs, "attention_mask": self.active.mask(layer, kwargs["attention_mask"])}
+
     def _keep_output(self, layer: nn.Module, args: Any, output: Any) -> None:
         if self.active.outputs is not None:
             hidden_BTH = output[0] if isinstance(output, tuple) else output
+            if hidden_BTH.dim() != 3:
+                raise ValueError(f"layers of {type(self.model).__name__} hand on several streams: no hypernetwork can read them")
             self.active.outputs.append(hidden_BTH[:, -self.active.kept_positions :].to(torch.float32, copy=True))
 
     def _skip_where_outputs_are_kept(self, norm: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
@@ -290,18 +319,6 @@ def _sites(layer: int, block: nn.Module) -> dict[str, nn.Linear]:
     return linears
 
 
-def hash_tensors(named: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None = None) -> str:
-    """SHA-256 (hex) over names, types, shapes and bytes; floating tensors are read as `dtype` where one is given."""
-    state = hashlib.sha256()
-    for name, tensor in sorted(named, key=lambda item: item[0]):
-        stored = tensor.detach()
-        if dtype is not None and stored.is_floating_point():
-            stored = stored.to(dtype)
-        state.update(f"{name} {stored.dtype} {tuple(stored.shape)}\n".encode())
-        state.update(stored.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return state.hexdigest()
-
-
 def tokenizer_of(base: BaseModel) -> PreTrainedTokenizerBase:
     """The base's tokenizer; raises `ValueError` where it has none."""
     if base.tokenizer is None:
@@ -310,31 +327,43 @@ def tokenizer_of(base: BaseModel) -> PreTrainedTokenizerBase:
 
 
 def load_base(
-    name_or_path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", attention: str = "sdpa"
+    name_or_path: str | Path,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    attention: str | None = None,
 ) -> BaseModel:
     """Loads a frozen base from a directory or by its Hugging Face name; safetensors only.
 
-    dtype: of the weights in memory. attention: transformers' name of the implementation ("sdpa", "eager", ...). Raises
-    `ValueError` for a path or name that holds no model, holds it as a pickle, lacks weights, or needs code of its own.
+    dtype: of the weights in memory. attention: transformers' name of the implementation ("sdpa", "eager", ...), by default sdpa
+    where the architecture allows it, else eager. Raises `ValueError` for a path or name that holds no model, holds it as a
+    pickle, lacks weights, or needs code of its own.
     """
     path = Path(name_or_path)
     if path.exists() and not (path / "config.json").is_file():
         raise ValueError(f"{path} holds no config.json: give a model directory in Hugging Face's layout, or a model's name")
     try:
         config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name_or_path,
-            dtype=dtype,
-            attn_implementation=attention,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
+        model: Any = _load(name_or_path, dtype, attention)
     except OSError as error:
         raise ValueError(f"no model with safetensors weights at {name_or_path}: {str(error).splitlines()[0]}") from error
+    has_tokenizer = not path.exists() or any((path / name).is_file() for name in TOKENIZER_FILES)
+    tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False) if has_tokenizer else None
+    stored_dtype = config.dtype or config.get_text_config().dtype
+    exact = stored_dtype is not None and torch.promote_types(stored_dtype, dtype) == dtype
+    stored = None if exact else partial(_load, name_or_path, stored_dtype or "auto", attention)
+    return BaseModel(model.to(device), tokenizer, stored_dtype, stored)
+
+
+def _load(name_or_path: str | Path, dtype: torch.dtype | str, attention: str | None) -> PreTrainedModel:
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        name_or_path,
+        dtype=dtype,
+        attn_implementation=attention,
+        use_safetensors=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+    )
     model, loading = loaded
     if absent := sorted({*loading["missing_keys"], *map(str, loading["mismatched_keys"])}):
         raise ValueError(f"{name_or_path} lacks weights that its config.json asks for: {', '.join(absent[:3])}")
-    has_tokenizer = not path.exists() or any((path / name).is_file() for name in TOKENIZER_FILES)
-    tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False) if has_tokenizer else None
-    return BaseModel(model.to(device), tokenizer, stored_dtype=config.dtype)
+    return cast(PreTrainedModel, model)

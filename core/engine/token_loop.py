@@ -12,8 +12,8 @@ once there is an adapter. A step is one pass of one token a running row, and at 
 import threading
 from collections import deque
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
@@ -24,51 +24,10 @@ from core.adapters.gated_memory import weights_of
 from core.adapters.lora import check_fits
 from core.adapters.spec import AdapterSpec, common_spec
 from core.adapters.weights import AdapterWeights
-from core.engine.sampling import GREEDY, Chooser, Chosen, Sampling, TokenLogprob, choose, prompt_logprobs
+from core.engine.attention import check_base, layer_windows
+from core.engine.requests import Completion, EngineStats, FinishReason, Request, Token
+from core.engine.sampling import Chooser, Chosen, TokenLogprob, choose, prompt_logprobs
 from core.engine.slot_cache import SlotCache
-
-FinishReason = Literal["stop", "length", "error"]
-
-
-@dataclass(frozen=True, eq=False)
-class Request:
-    """A prompt to continue by up to `max_tokens` tokens, or to the first of `stop_ids`; `adapter` holds one adapter."""
-
-    request_id: str
-    prompt_ids: Sequence[int]
-    max_tokens: int
-    adapter: AdapterWeights | None = None
-    stop_ids: frozenset[int] = frozenset()
-    sampling: Sampling = GREEDY
-
-
-@dataclass(frozen=True)
-class Token:
-    """One new token of a request; its last one says why it is the last.
-
-    "stop": `token_id` is the stop id itself, no part of the answer. "length": `max_tokens` are made. "error": the logits were not
-    finite (an adapter whose products overflow); `token_id` is -1. logprob and, with the first token, prompt_logprobs (of all
-    tokens of the prompt but its first): where the request's sampling asks for them.
-    """
-
-    request_id: str
-    token_id: int
-    finish_reason: FinishReason | None = None
-    logprob: TokenLogprob | None = None
-    prompt_logprobs: tuple[TokenLogprob, ...] = ()
-
-
-@dataclass(frozen=True)
-class EngineStats:
-    """Requests now in the engine, work done since it was made, and what its buffers hold."""
-
-    running: int
-    waiting: int
-    steps: int
-    prompt_tokens: int
-    generated_tokens: int
-    cache_bytes: int
-    adapter_bytes: int
 
 
 @dataclass(eq=False)
@@ -97,10 +56,11 @@ class _Inbox:
 class Engine:
     """Requests in by `submit`, tokens out by `step`.
 
-    base: with sdpa or eager attention. spec: the table that all adapters are padded to (`core.adapters.spec.common_spec`), None
-    for none. slots: rows that run at once; further requests wait their turn. max_length: prompt and new tokens of one request
-    together, by default the base's own limit. prefill_tokens_per_step: the most prompt tokens, padding included, that a step
-    reads while running rows wait for their next token; longer prompts are read in pieces.
+    base: with sdpa or eager attention, full or in sliding windows (`core.engine.attention`). spec: the table that all adapters
+    are padded to (`core.adapters.spec.common_spec`), None for none. slots: rows that run at once; further requests wait their
+    turn. max_length: prompt and new tokens of one request together, by default the base's own limit. prefill_tokens_per_step: the
+    most prompt tokens, padding included, that a step reads while running rows wait for their next token; longer prompts are read
+    in pieces.
 
     One thread calls `step`; any thread may call `submit`, `cancel`, `idle` and `stats`. Drop an engine whose `step` raised.
     Raises `ValueError` for a base whose tokens it could not reproduce.
@@ -121,10 +81,11 @@ class Engine:
         self.slots = slots
         self.max_length = base.max_length if max_length is None else max_length
         self.prefill_tokens_per_step = prefill_tokens_per_step
-        _check_model(base, self.max_length)
+        check_base(base, self.max_length)
         if spec is not None:
             check_fits(base, spec)
-        self._eager = base.model.config._attn_implementation == "eager"
+        self._eager = base.model.config.get_text_config()._attn_implementation == "eager"
+        self._windows = layer_windows(base)
         self._cache = SlotCache(len(base.layers), slots, self.max_length)
         self._arange = torch.arange(max(self.max_length, slots), device=base.device)
         self._flat_SN: Tensor | None = None
@@ -254,14 +215,22 @@ class Engine:
         ids_B, position_B = torch.tensor([[row.last_id for row in rows], [row.length for row in rows]], device=self.base.device)
         longest = 1 + max(row.length for row in rows)
         self._cache.decode(self._arange[: len(rows)], position_B, longest)
-        visible_B11T = (self._arange[:longest] <= position_B[:, None])[:, None, None]
-        if self._eager:
-            lowest = torch.finfo(self.base.dtype).min
-            visible_B11T = torch.zeros_like(visible_B11T, dtype=self.base.dtype).masked_fill(~visible_B11T, lowest)
-        hidden_B1H = self._forward(0, rows, ids_B[:, None], position_B[:, None], visible_B11T)
+        masks = {window: self._mask(position_B, longest, window) for window in {None, *self._windows}}
+        with self.base.masking(lambda layer, mask: masks[self._windows[layer]]) if len(masks) > 1 else nullcontext():
+            hidden_B1H = self._forward(0, rows, ids_B[:, None], position_B[:, None], masks[None])
         for row in rows:
             row.length += 1
         return self._emit(0, self._choose(hidden_B1H[:, 0], rows))
+
+    def _mask(self, position_B: Tensor, longest: int, window: int | None) -> Tensor:
+        """`[B, 1, 1, longest]`: what each row's newest token sees in a layer of this window."""
+        visible_BT = self._arange[:longest] <= position_B[:, None]
+        if window is not None:
+            visible_BT &= self._arange[:longest] > position_B[:, None] - window
+        if not self._eager:
+            return visible_BT[:, None, None]
+        hidden = torch.finfo(self.base.dtype).min
+        return torch.zeros_like(visible_BT, dtype=self.base.dtype).masked_fill_(~visible_BT, hidden)[:, None, None]
 
     def _next_to_read(self) -> list[_Row]:
         """Rows that read their prompts in this step: whole prompts that fit the budget together, or a piece of a longer one."""
@@ -293,7 +262,7 @@ class Engine:
             row.length = min(end, len(prompt))
             self._prompt_tokens += row.length - start
             if (told := row.request.sampling.prompt_logprobs) is not None:
-                row.prompt_logprobs += prompt_logprobs(self.base.head, hidden_TH, prompt[start + 1 : row.length + 1], told)
+                row.prompt_logprobs += prompt_logprobs(self.base.logits, hidden_TH, prompt[start + 1 : row.length + 1], told)
         if batch[0].length < len(prompts[0]):
             self._reading = batch[0]
             return []
@@ -327,7 +296,7 @@ class Engine:
         return self._attached
 
     def _choose(self, hidden_BH: Tensor, rows: list[_Row]) -> list[Chosen]:
-        return choose(self.base.head(hidden_BH), [row.chooser for row in rows])
+        return choose(self.base.logits(hidden_BH), [row.chooser for row in rows])
 
     def _emit(self, first: int, chosen: list[Chosen]) -> list[Token]:
         """Hands each row from slot `first` its token, and frees the slots of those that end."""
@@ -380,57 +349,6 @@ class Engine:
         self._cache.move(source, target)
         if self._flat_SN is not None:
             self._flat_SN[target] = self._flat_SN[source]
-
-
-def _check_model(base: BaseModel, max_length: int) -> None:
-    config = base.model.config.get_text_config()
-    if not 2 <= max_length <= base.max_length:
-        raise ValueError(f"max_length is {max_length}: this base takes 2 to {base.max_length} tokens")
-    if config._attn_implementation not in ("eager", "sdpa"):
-        raise ValueError(f"the base runs {config._attn_implementation} attention: load it with attention='sdpa' or 'eager'")
-    kinds = set(getattr(config, "layer_types", None) or ())
-    if unknown := kinds - {"full_attention", "sliding_attention"}:
-        raise ValueError(f"the base has layers of kind {', '.join(sorted(unknown))}: the engine runs full attention only")
-    window = getattr(config, "sliding_window", None)
-    if window is not None and (not kinds or "sliding_attention" in kinds) and max_length > window:
-        raise ValueError(f"the base attends to the last {window} tokens only: give the engine a max_length of at most {window}")
-    rope = getattr(config, "rope_parameters", None) or {}
-    limit = rope.get("original_max_position_embeddings", max_length)
-    if rope.get("rope_type") == "longrope" and max_length > limit:
-        raise ValueError(f"a row beyond {limit} tokens would change the positions of all: give a max_length of at most {limit}")
-    if not _head_gives_logits(base):
-        raise ValueError(f"{type(base.model).__name__} scales or caps what its head gives or takes: the engine would not")
-
-
-@torch.inference_mode()
-def _head_gives_logits(base: BaseModel) -> bool:
-    """Whether the model's logits are its head over its final hidden states and nothing else: seen in one pass.
-
-    Over two tokens: one of them may be padding, whose embedding of zeros would hide a factor.
-    """
-    seen: dict[str, Tensor] = {}
-
-    def watch(module: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
-        seen["hidden"], seen["logits"] = args[0], output.clone()
-
-    def watch_decoder(module: Any, args: Any, output: Any) -> None:
-        seen["decoder"] = output.last_hidden_state.clone()
-
-    hooks = base.head.register_forward_hook(watch), base.decoder.register_forward_hook(watch_decoder)
-    try:
-        output = base.model(input_ids=torch.tensor([[0, 1]], device=base.device), use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return torch.equal(seen["hidden"], seen["decoder"]) and torch.equal(output.logits, seen["logits"].to(output.logits.dtype))
-
-
-@dataclass(frozen=True)
-class Completion:
-    """All new tokens of a request, without the stop id."""
-
-    token_ids: list[int]
-    finish_reason: FinishReason
 
 
 def generate(

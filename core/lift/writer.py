@@ -28,9 +28,10 @@ from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 from safetensors import SafetensorError
 
 from core.adapters import files as adapter_files
-from core.adapters.base_model import BaseModel, hash_tensors, tokenizer_of
+from core.adapters.base_model import BaseModel, tokenizer_of
 from core.adapters.codec import encode
 from core.adapters.deltas import changes_anything
+from core.adapters.identity import hash_tensors
 from core.adapters.layout import Encoding
 from core.adapters.lora import LoraWeights, composed, recompress, stack
 from core.config import Section, identity

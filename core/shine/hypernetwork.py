@@ -20,8 +20,9 @@ from pydantic import Field, ValidationError
 from torch import Tensor, nn
 
 from core.adapters import weight_files
-from core.adapters.base_model import BaseModel, hash_tensors
+from core.adapters.base_model import BaseModel
 from core.adapters.foreign_formats import read_shine_release
+from core.adapters.identity import hash_tensors
 from core.adapters.lora import Composition, LoraWeights, attach, compose
 from core.adapters.spec import SITES, AdapterSpec
 from core.config import Section, digest, faults

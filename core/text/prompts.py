@@ -5,11 +5,14 @@ supervised. Training and inference share these functions. A conversation is toke
 prompt ends and where an answer ends, so that `prompt` gives exactly the ids that `render` put before the answer. A past answer
 keeps the form in which it was written, also under templates that rewrite the past (Qwen3 drops empty think blocks).
 
+Texts of users and documents are text: only the template, and what is `Ours`, writes control tokens (core.text.control).
+
 Knows nothing of tensors, padding and batches (core.training.examples). Costs two renderings of the template for every assistant
-turn. Special tokens that stand literally in a text are read as special tokens, as the tokenizer does it.
+turn.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
@@ -17,6 +20,7 @@ from pydantic import PositiveInt
 from transformers import PreTrainedTokenizerBase
 
 from core.config import Section
+from core.text.control import Marks, Ours, Text, control, encode_marked, encode_text, free_marks, parts_of
 
 IGNORED = -100
 ROLES = ("system", "user", "assistant", "tool")
@@ -28,7 +32,7 @@ Message = Mapping[str, Any]
 class Turn(NamedTuple):
     """One question and its answer."""
 
-    user: str
+    user: Text
     assistant: str
 
 
@@ -64,13 +68,14 @@ def render(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn]) -> tuple[l
     """
     if not turns:
         raise ValueError("a conversation needs at least one turn")
-    messages = []
+    messages: list[Message] = []
     for user, assistant in turns:
         messages += [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
     ids: list[int] = []
     labels: list[int] = []
-    for piece in _pieces(tokenizer, messages):
-        part = encode(tokenizer, piece.text)
+    pieces, marks = _pieces(tokenizer, messages)
+    for piece in pieces:
+        part = encode_marked(tokenizer, piece.text, marks)
         ids += part
         labels += part if piece.answer else [IGNORED] * len(part)
     return ids, labels
@@ -93,7 +98,32 @@ def prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tool
             raise ValueError(f"message {place} has no text as its content: give a string")
     if messages[-1]["role"] == "assistant":
         raise ValueError("the last message is the assistant's: end with the message that is to be answered")
-    return [token for piece in _pieces(tokenizer, messages, tools) for token in encode(tokenizer, piece.text)]
+    pieces, marks = _pieces(tokenizer, messages, tools)
+    return [token for piece in pieces for token in encode_marked(tokenizer, piece.text, marks)]
+
+
+def raw_prompt(tokenizer: PreTrainedTokenizerBase, asked: str | Sequence[int], shown: str | None = None) -> list[int]:
+    """A prompt to be continued, without a template: text, with what the tokenizer puts around it (a begin token), or ids.
+
+    shown: a document that stands before it; it comes behind the begin token of `asked` where ids bring their own.
+    """
+    before, behind = _around(tokenizer)
+    if isinstance(asked, str):
+        return [*before, *encode(tokenizer, asked if shown is None else in_context(shown, asked)), *behind]
+    if shown is None:
+        return list(asked)
+    told = asked[len(before) :] if list(asked[: len(before)]) == before else asked
+    return [*before, *encode(tokenizer, in_context(shown, "")), *told]
+
+
+def _around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """What the tokenizer puts before a text and behind it."""
+    alone = tokenizer.encode("x", add_special_tokens=False)
+    whole = tokenizer.encode("x")
+    start = next((place for place in range(len(whole)) if whole[place : place + len(alone)] == alone), None)
+    if start is None:
+        raise ValueError(f"the tokenizer of {_name(tokenizer)} changes a text that it puts marks around: give token ids")
+    return whole[:start], whole[start + len(alone) :]
 
 
 def in_context(document_text: str, question: str) -> str:
@@ -106,21 +136,34 @@ def clean_answer(text: str) -> str:
     return text.strip()
 
 
-def stop_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """The ids that end an answer: the tokenizer's end token, and the special tokens that the template writes behind answers."""
-    stop = {tokenizer.eos_token_id}
+def stop_ids(tokenizer: PreTrainedTokenizerBase, also: Iterable[int] = ()) -> frozenset[int]:
+    """The ids that end an answer: the tokenizer's end token, control tokens that the template writes behind answers, and `also`.
+
+    also: the model's own (`generation_config.eos_token_id`). A template that refuses a question and an answer adds none.
+    """
+    stop = {tokenizer.eos_token_id, *also}
     if tokenizer.chat_template is not None:
-        _, labels = render(tokenizer, [Turn("", "")])
-        stop.update(set(labels) & set(tokenizer.all_special_ids))
+        try:
+            told = _template(
+                tokenizer, [{"role": "user", "content": "?"}, {"role": "assistant", "content": _PROBE}], generate=False, tools=()
+            )
+        except ValueError:
+            told = ""
+        _, found, behind = told.rpartition(_PROBE)
+        known = control(tokenizer)
+        stop.update(known.ids[mark] for mark in known.pattern.findall(behind) if found)
     return frozenset(stop - {None})
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """The ids of a text alone: no template, no begin or end token."""
-    return tokenizer.encode(text, add_special_tokens=False)
+def encode(tokenizer: PreTrainedTokenizerBase, text: Text) -> list[int]:
+    """The ids of a text alone: no template, no begin or end token. Only what is `Ours` writes control tokens."""
+    if type(text) is str:
+        return encode_text(tokenizer, text).ids
+    marks = free_marks(*parts_of(text))
+    return encode_marked(tokenizer, _marked(tokenizer, text, marks), marks)
 
 
-def encode_context(tokenizer: PreTrainedTokenizerBase, text: str, limits: Limits) -> list[int]:
+def encode_context(tokenizer: PreTrainedTokenizerBase, text: Text, limits: Limits) -> list[int]:
     """A document as the hypernetwork reads it: raw text, cut on the right. Raises `ValueError` for a text without tokens."""
     ids = encode(tokenizer, text)[: limits.context_tokens]
     if not ids:
@@ -133,15 +176,15 @@ def cut_text(tokenizer: PreTrainedTokenizerBase, text: str, limits: Limits) -> s
 
     A character that the limit splits is kept whole. Raises `ValueError` for a long text and a tokenizer without offsets.
     """
-    if len(encode(tokenizer, text)) <= limits.context_tokens:
+    encoded = encode_text(tokenizer, text, offsets=True)
+    if len(encoded.ids) <= limits.context_tokens:
         return text
-    if not tokenizer.is_fast:
+    if encoded.offsets is None:
         raise ValueError(
             f"the text is longer than {limits.context_tokens} tokens and {type(tokenizer).__name__} cannot say "
             "where in the text a token ends: load the fast tokenizer, or shorten the text"
         )
-    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-    return text[: offsets[limits.context_tokens - 1][1]]
+    return text[: encoded.offsets[limits.context_tokens - 1][1]]
 
 
 def head_tail(ids: Sequence[int], limit: int, ellipsis_ids: Sequence[int]) -> list[int]:
@@ -155,15 +198,41 @@ def head_tail(ids: Sequence[int], limit: int, ellipsis_ids: Sequence[int]) -> li
     return [*ids[:head], *ellipsis_ids, *ids[len(ids) - tail :]]
 
 
+def _marked(tokenizer: PreTrainedTokenizerBase, value: Any, marks: Marks) -> Any:
+    """A text, or JSON values that hold texts, with marks around the control tokens in it, but for those in `Ours`."""
+    if isinstance(value, str | tuple):
+        known = control(tokenizer)
+        return "".join(str(part) if isinstance(part, Ours) else known.marked(part, marks) for part in parts_of(value))
+    if isinstance(value, Mapping):
+        return {_marked(tokenizer, key, marks): _marked(tokenizer, each, marks) for key, each in value.items()}
+    return [_marked(tokenizer, each, marks) for each in value] if isinstance(value, list) else value
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts in JSON values."""
+    if isinstance(value, str | tuple):
+        yield from parts_of(value)
+    elif isinstance(value, Mapping):
+        yield from chain.from_iterable(map(_texts, (*value.keys(), *value.values())))
+    elif isinstance(value, list):
+        yield from chain.from_iterable(map(_texts, value))
+
+
 def _pieces(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()
-) -> list[_Piece]:
-    """Prompts and answers in turn; they end with the generation prompt unless the last message is an answer."""
+    tokenizer: PreTrainedTokenizerBase, said: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()
+) -> tuple[list[_Piece], Marks]:
+    """Prompts and answers in turn, with marks in what was said and in the tools that are offered.
+
+    They end with the generation prompt unless the last message is an answer.
+    """
     if tokenizer.chat_template is None:
         raise ValueError(
             f"the tokenizer of {_name(tokenizer)} has no chat template: take an instruction-tuned base, "
             "or set tokenizer.chat_template and save the tokenizer"
         )
+    marks = free_marks(*_texts([*said, *tools]))
+    messages: list[Message] = [{**_marked(tokenizer, message, marks), "role": message["role"]} for message in said]
+    tools = [_marked(tokenizer, tool, marks) for tool in tools]
     pieces: list[_Piece] = []
     told = reply = ""
     answered = 0
@@ -184,7 +253,7 @@ def _pieces(
     if answered < len(messages):
         asked = _template(tokenizer, messages, generate=True, tools=tools)
         pieces.append(_Piece(asked[_past(tokenizer, messages[:answered], asked, told, reply, tools) :], answer=False))
-    return pieces
+    return pieces, marks
 
 
 def _past(

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from core.text.prompts import encode
+from core.text.control import encode_text
 from core.text.sentences import sentences
 
 BORDERS = "borders-1"
@@ -37,10 +37,9 @@ def read(tokenizer: PreTrainedTokenizerBase, text: str) -> Tokens:
 
     A border that lies within a token is left out: the token belongs to what stands before.
     """
-    if not tokenizer.is_fast:
-        return Tokens(encode(tokenizer, text))
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    offsets: list[tuple[int, int]] = encoded["offset_mapping"]
+    ids, offsets = encode_text(tokenizer, text, offsets=True)
+    if offsets is None:
+        return Tokens(ids)
     ends = [end for _, end in offsets]
     borders: list[int] = []
     paragraphs: list[int] = []
@@ -52,4 +51,4 @@ def read(tokenizer: PreTrainedTokenizerBase, text: str) -> Tokens:
             borders.append(token)
             if "\n\n" in gap:
                 paragraphs.append(token)
-    return Tokens(encoded["input_ids"], borders, paragraphs)
+    return Tokens(ids, borders, paragraphs)

@@ -166,7 +166,7 @@ def in_context_example(
     if not qas:
         raise ValueError("an in-context example needs at least one question")
     first, *rest = qas
-    shown = in_context(cut_text(tokenizer, document_text, limits), first.question)
+    shown = (in_context(cut_text(tokenizer, document_text, limits), ""), first.question)
     room = Limits(conversation_tokens=limits.context_tokens + limits.conversation_tokens)
     return example_of(tokenizer, (), [Turn(shown, first.answer), *(Turn(*qa) for qa in rest)], room)
 

@@ -17,6 +17,7 @@ from pydantic import Field, model_validator
 from transformers import PreTrainedTokenizerBase
 
 from core.config import Section
+from core.text.control import Ours, encode_text
 from core.text.documents import windows_at_borders
 from core.text.prompts import Instructions, Limits, Turn, encode, encode_context, render
 from core.text.tokens import read
@@ -49,7 +50,7 @@ def reconstruction(
 ) -> Example:
     """The text as context; asked for, it is given back."""
     context_ids = encode_context(tokenizer, text, limits)
-    return example_of(tokenizer, context_ids, [Turn(instructions.reconstruct, text)], limits)
+    return example_of(tokenizer, context_ids, [Turn(Ours(instructions.reconstruct), text)], limits)
 
 
 def completion(
@@ -61,7 +62,7 @@ def completion(
 ) -> Example:
     """The text without its last words as context; asked for, the full text is given."""
     context_ids = encode_context(tokenizer, shortened(text, removed_share), limits)
-    return example_of(tokenizer, context_ids, [Turn(instructions.complete, text)], limits)
+    return example_of(tokenizer, context_ids, [Turn(Ours(instructions.complete), text)], limits)
 
 
 def shortened(text: str, removed_share: float) -> str:
@@ -96,10 +97,10 @@ def pretraining_example(
         if rng.random() < pretraining.completion_frequency:
             share = rng.uniform(pretraining.removed_share_min, pretraining.removed_share_max)
             contexts.append(shortened(text, share))
-            turns.append(Turn(instructions.complete, text))
+            turns.append(Turn(Ours(instructions.complete), text))
         else:
             contexts.append(text)
-            turns.append(Turn(instructions.reconstruct, text))
+            turns.append(Turn(Ours(instructions.reconstruct), text))
     rng.shuffle(contexts)
     rng.shuffle(turns)
     separator = _separator(tokenizer, instructions)
@@ -142,7 +143,7 @@ class Packer:
     @cached_property
     def _ask(self) -> str:
         """The longer instruction: prompts and answers are encoded apart, so it is so whatever the text."""
-        asks = (self._instructions.reconstruct, self._instructions.complete)
+        asks = (Ours(self._instructions.reconstruct), Ours(self._instructions.complete))
         return max(asks, key=lambda ask: self._turn_tokens(Turn(ask, "x")))
 
     def passages(self, text: str) -> list[Passage]:
@@ -185,9 +186,10 @@ class Packer:
                 f"limits of {limits.context_tokens} tokens of context and {limits.conversation_tokens} of conversation have no "
                 f"room for the text that begins {text[:20]!r}, beside {beside} tokens of the chat template: raise them"
             )
-        encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        offsets = encode_text(self._tokenizer, text, offsets=True).offsets
+        assert offsets is not None, "it is fast"
         covers = windows_at_borders(length, room, 0, tokens.sentences, tokens.paragraphs)
-        ends = [*(encoded["offset_mapping"][window.start][0] for window in covers[1:]), len(text)]
+        ends = [*(offsets[window.start][0] for window in covers[1:]), len(text)]
         parts = [text[start:end] for start, end in pairwise([0, *accumulate(ends, max)])]
         if text in parts:
             raise ValueError(f"the text that begins {text[:20]!r} is {length} tokens of one character: raise the limits")
@@ -232,7 +234,7 @@ class Packer:
 
 
 def _separator(tokenizer: PreTrainedTokenizerBase, instructions: Instructions) -> list[int]:
-    return tokenizer.encode(instructions.separator, add_special_tokens=False)
+    return encode(tokenizer, Ours(instructions.separator))
 
 
 def packing(costs: Sequence[int], max_length: int, open_bins: int = 100) -> list[list[int]]:

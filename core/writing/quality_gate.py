@@ -30,6 +30,7 @@ from core.adapters.codec import decode
 from core.adapters.lora import LoraWeights
 from core.config import RunSection
 from core.store.manifest import NewAdapter
+from core.text.control import Ours
 from core.text.prompts import Instructions, prompt
 from core.training.examples import IGNORED, Example, collate
 from core.training.fitting_batches import FittingBatches
@@ -79,7 +80,7 @@ class QualityGate:
 
     def __init__(self, base: BaseModel, settings: GateSettings, max_rows: int, max_padded_tokens: int) -> None:
         self._base, self._settings = base, settings
-        self._prompt = prompt(tokenizer_of(base), [{"role": "user", "content": settings.instruction}])
+        self._prompt = prompt(tokenizer_of(base), [{"role": "user", "content": Ours(settings.instruction)}])
         self._batches = FittingBatches(max_rows, max_padded_tokens)
         self._last: NewAdapter | None = None
         self._passed = 0

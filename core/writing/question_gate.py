@@ -29,10 +29,11 @@ from core.adapters.codec import decode
 from core.adapters.gated_memory import weights_of
 from core.adapters.weights import AdapterWeights
 from core.config import RunSection
-from core.engine.token_loop import Request, generate
+from core.engine.requests import Request
+from core.engine.token_loop import generate
 from core.store.answering import IN_CONTEXT
 from core.store.manifest import NewAdapter
-from core.text.prompts import encode, head_tail, in_context, prompt, stop_ids
+from core.text.prompts import encode, head_tail, in_context, prompt
 from core.training.metrics import contains_answer
 
 NEIGHBOURHOOD_CHARACTERS = 800
@@ -68,7 +69,7 @@ class QuestionGate:
 
     def __init__(self, base: BaseModel, settings: QuestionGateSettings) -> None:
         self._base, self._settings, self._tokenizer = base, settings, tokenizer_of(base)
-        self._stop_ids = stop_ids(self._tokenizer)
+        self._stop_ids = base.stop_ids
         self._ellipsis_ids = encode(self._tokenizer, ELLIPSIS)
         self._room = base.max_length - settings.answer_tokens
 

@@ -13,9 +13,10 @@ from typing import NamedTuple
 
 import torch
 
-from core.adapters.base_model import BaseModel, hash_tensors, load_base, tokenizer_of
+from core.adapters.base_model import BaseModel, load_base, tokenizer_of
 from core.adapters.deltas import changes_anything
 from core.adapters.foreign_formats import check_peft_base, read_peft
+from core.adapters.identity import hash_tensors
 from core.adapters.layout import Encoding
 from core.adapters.lora import LoraWeights
 from core.store.manifest import AdapterRow, DocumentRow, NewAdapter, Producer

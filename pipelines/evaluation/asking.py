@@ -22,9 +22,10 @@ from core.adapters.base_model import BaseModel, tokenizer_of
 from core.adapters.lora import LoraWeights, stack
 from core.adapters.weights import AdapterWeights
 from core.config import RunSection
-from core.engine.token_loop import Request, generate
+from core.engine.requests import Request
+from core.engine.token_loop import generate
 from core.shine.hypernetwork import Hypernetwork
-from core.text.prompts import Limits, clean_answer, cut_text, encode_context, in_context, prompt, stop_ids
+from core.text.prompts import Limits, clean_answer, cut_text, encode_context, in_context, prompt
 from core.training.examples import DEFAULT_LIMITS, Example, collate, in_context_example, question_answers, question_examples
 from core.training.metrics import exact_match, f1
 from core.training.objectives import row_losses
@@ -127,7 +128,7 @@ class Asker:
         self.base = base
         self.run = run
         self.tokenizer = tokenizer_of(base)
-        self.stop_ids = stop_ids(self.tokenizer)
+        self.stop_ids = base.stop_ids
 
     def ask(
         self,

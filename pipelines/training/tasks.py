@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from core.config import Section
 from core.lift.course import Curriculum
 from core.lift.examples import Reading, Wording, draw_pieces, recital, segment_example, timeline_example
+from core.text.control import Ours
 from core.text.documents import Window, segments
 from core.text.prompts import Instructions, Limits, Turn, encode, render
 from core.text.sentences import sentences
@@ -168,7 +169,7 @@ def _keywords(tokenizer: PreTrainedTokenizerBase, row: Row, feed: Feed, rng: ran
 
 
 def _recitation(tokenizer: PreTrainedTokenizerBase, row: Row, feed: Feed, rng: random.Random) -> Example:
-    return in_context_example(tokenizer, row.text, [QuestionAnswer(feed.instructions.reconstruct, row.text)], feed.limits)
+    return in_context_example(tokenizer, row.text, [QuestionAnswer(Ours(feed.instructions.reconstruct), row.text)], feed.limits)
 
 
 def _question_only(tokenizer: PreTrainedTokenizerBase, row: Row, feed: Feed, rng: random.Random) -> Example:

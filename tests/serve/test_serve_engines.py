@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from core.engine.token_loop import Engine, Request, generate
+from core.engine.requests import Request
+from core.engine.token_loop import Engine, generate
 from serve.engines import AsyncEngine, Draining, EngineFailed, Overloaded, Refused
 from tests.models import random_adapters, tiny_base
 from tests.serving import ask, make_world, served_base, serving

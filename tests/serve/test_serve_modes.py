@@ -17,10 +17,11 @@ import imprint
 from core.adapters.gated_memory import weights_of
 from core.adapters.spec import SITES
 from core.adapters.weights import AdapterWeights
-from core.engine.token_loop import Request, generate
+from core.engine.requests import Request
+from core.engine.token_loop import generate
 from core.lift.writer import LiftRecipe, LiftWriter
 from core.store.store import Store
-from core.text.prompts import clean_answer, encode, head_tail, in_context, prompt, stop_ids
+from core.text.prompts import clean_answer, encode, head_tail, in_context, prompt
 from core.writing.writer import Written
 from serve.api import create_app
 from serve.service import Service
@@ -73,7 +74,7 @@ def offline(weights: AdapterWeights | None, shown: str | None = None, cut_to: in
     ids = prompt(BASE.tokenizer, [{"role": "user", "content": content}])
     if cut_to is not None:
         ids = head_tail(ids, cut_to, encode(BASE.tokenizer, "..."))
-    done = generate(BASE, [Request("r", ids, TOKENS, weights, stop_ids(BASE.tokenizer))])["r"]
+    done = generate(BASE, [Request("r", ids, TOKENS, weights, BASE.stop_ids)])["r"]
     return clean_answer(str(BASE.tokenizer.decode(done.token_ids, skip_special_tokens=True)))
 
 

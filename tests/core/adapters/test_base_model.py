@@ -1,5 +1,6 @@
 """Loading a base, what is refused, what its fingerprint covers, and recomputation in backward."""
 
+import json
 import threading
 from pathlib import Path
 
@@ -20,7 +21,9 @@ from transformers import (
 
 from core.adapters.base_model import BaseModel, load_base
 from core.adapters.spec import SITES
+from tests.architectures import tiny_model
 from tests.models import random_ids, tiny_base, tiny_config
+from tests.places import ROOT
 
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
@@ -47,12 +50,12 @@ def test_a_saved_model_loads_as_it_was(architecture, tied, tmp_path):
     with torch.no_grad():
         assert torch.equal(loaded.model(input_ids=ids_BT).logits, made.model(input_ids=ids_BT).logits)
         states_BTH = loaded.hidden_states(ids_BT)
-        assert torch.allclose(loaded.head(states_BTH), made.model(input_ids=ids_BT).logits, atol=1e-5)
+        assert torch.allclose(loaded.logits(states_BTH), made.model(input_ids=ids_BT).logits, atol=1e-5)
     assert loaded.fingerprint == made.fingerprint
     assert loaded.tokenizer is None and loaded.max_length == 256 and loaded.hidden_size == 32
     assert loaded.dtype == torch.float32 and loaded.device == torch.device("cpu")
     assert not loaded.model.training and not any(parameter.requires_grad for parameter in loaded.model.parameters())
-    assert (loaded.head.weight is loaded.embedding.weight) == tied
+    assert (loaded.model.get_output_embeddings().weight is loaded.embedding.weight) == tied
     assert len(loaded.linears) == 3 * len(SITES)
     assert loaded.linear_names[2, "down"] == "model.layers.2.mlp.down_proj"
 
@@ -140,7 +143,31 @@ def test_a_bf16_checkpoint_has_one_fingerprint(tmp_path):
     assert load_base(tmp_path / "half", attention="eager").fingerprint == half.fingerprint
     saved(tmp_path / "full")
     assert load_base(tmp_path / "full").fingerprint != half.fingerprint
-    assert load_base(tmp_path / "full", dtype=torch.bfloat16).fingerprint != load_base(tmp_path / "full").fingerprint
+
+
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_checkpoint_has_one_fingerprint_whatever_it_runs_in(stored, named, tmp_path):
+    """Also where its config.json does not name its type."""
+    saved(tmp_path, stored)
+    config = json.loads((tmp_path / "config.json").read_text())
+    if not named:
+        del config["dtype"]
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    prints = {load_base(tmp_path, dtype=dtype).fingerprint for dtype in (torch.float32, torch.bfloat16, torch.float16)}
+    assert prints == {load_base(tmp_path, dtype=stored).fingerprint}
+    assert prints == {BaseModel(tiny_base(dtype=stored).model).fingerprint}
+
+
+def test_the_type_of_a_part_is_no_identity(tmp_path):
+    tiny_model("gemma3").save_pretrained(tmp_path)
+    assert load_base(tmp_path).fingerprint == load_base(tmp_path, dtype=torch.bfloat16).fingerprint
+
+
+def test_the_reference_base_keeps_its_fingerprint():
+    card = json.loads((ROOT / "assets/reference/model_card.json").read_text())
+    for dtype in (torch.float32, torch.bfloat16):
+        assert load_base(ROOT / "assets/reference/base", dtype=dtype).fingerprint == card["base"]["fingerprint"]
 
 
 def test_one_weight_changes_the_fingerprint():
@@ -179,6 +206,21 @@ def test_using_the_tokenizer_leaves_the_fingerprint(tmp_path):
     used, fresh = load_base(tmp_path), load_base(tmp_path)
     used.tokenizer(["a b", "c"], padding=True, truncation=True, max_length=5)
     assert used.fingerprint == fresh.fingerprint
+
+
+def test_answers_end_where_the_model_s_configurations_say(tmp_path):
+    """`generation_config.json` lists end marks that neither the tokenizer nor its template names."""
+    saved(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    assert load_base(tmp_path).stop_ids == {2}
+    for ids, expected in (([5, 6], {2, 5, 6}), (7, {2, 7})):
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+        assert load_base(tmp_path).stop_ids == expected
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "eos_token_id": [2, 4]}))
+    assert load_base(tmp_path).stop_ids == {2, 4, 7}
+    with pytest.raises(ValueError, match="has no tokenizer"):
+        assert tiny_base().stop_ids
 
 
 # Recomputation

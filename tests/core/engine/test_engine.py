@@ -13,15 +13,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GraniteConfig, LlamaConfig, PretrainedConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
 from core.adapters.base_model import BaseModel
 from core.adapters.gated_memory import GatedMemory, memory_spec
 from core.adapters.lora import LoraWeights, attach
 from core.adapters.weights import AdapterWeights
+from core.engine.requests import Completion, Request
 from core.engine.sampling import Sampling
 from core.engine.slot_cache import FIRST_CAPACITY
-from core.engine.token_loop import Completion, Engine, Request, generate
+from core.engine.token_loop import Engine, generate
 from tests.models import SHAPE, tiny_base
 
 
@@ -479,8 +480,6 @@ def test_bases_that_the_engine_would_get_wrong_are_refused() -> None:
             Engine(base, **values)
     with pytest.raises(ValueError, match="another base"):
         Engine(base, tiny_base("llama").spec(4))
-    with pytest.raises(ValueError, match="scales or caps"):
-        Engine(model_of(GraniteConfig(**SHAPE, logits_scaling=4.0)))
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
     stretched = model_of(LlamaConfig(**SHAPE, rope_parameters={**rope, "original_max_position_embeddings": 64, "factor": 4.0}))
     with pytest.raises(ValueError, match="max_length of at most 64"):
@@ -489,12 +488,3 @@ def test_bases_that_the_engine_would_get_wrong_are_refused() -> None:
     base.model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match="attention='sdpa'"):
         Engine(base)
-
-
-def test_sliding_windows_are_refused_beyond_their_width() -> None:
-    shape = {**SHAPE, "use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1}
-    base = model_of(Qwen3Config(**shape, head_dim=12))
-    with pytest.raises(ValueError, match="last 24 tokens only"):
-        Engine(base, max_length=25)
-    request = Request("a", prompt(15), 9)
-    assert generate(base, [request])["a"].token_ids == greedy_loop(base, request)

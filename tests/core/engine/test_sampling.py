@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from core.engine.requests import Request, Token
 from core.engine.sampling import Sampling
-from core.engine.token_loop import Engine, Request, Token
+from core.engine.token_loop import Engine
 from tests.models import random_adapters, tiny_base
 
 BASE = tiny_base()

@@ -16,6 +16,7 @@ from core.shine.hypernetwork import Hypernetwork
 from core.shine.writer import HypernetworkWriter
 from core.store.manifest import NewAdapter
 from core.store.store import Store
+from core.text.control import Ours
 from core.text.documents import Document
 from core.text.prompts import IGNORED, encode, prompt
 from core.training.examples import Example, collate
@@ -52,7 +53,7 @@ def adapters_of(writer: HypernetworkWriter, documents: list[Document]) -> list[N
 def own_loss(base: BaseModel, outcome: Written, text: str) -> float:
     """Nats a token of a text that is asked for, under the document's adapter as stored."""
     assert base.tokenizer is not None
-    asked, ids = prompt(base.tokenizer, [{"role": "user", "content": "<RECON>"}]), encode(base.tokenizer, text)
+    asked, ids = prompt(base.tokenizer, [{"role": "user", "content": Ours("<RECON>")}]), encode(base.tokenizer, text)
     batch = collate([Example((), (*asked, *ids), (*[IGNORED] * len(asked), *ids))], pad_id=0)
     weights = outcome.weights()
     assert isinstance(weights, LoraWeights)
