@@ -1,17 +1,27 @@
 """The command line: one function a command, no logic."""
 
-import logging
-import os
-import signal
-import socket
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from enum import StrEnum
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from pipelines.options import (
+    REFERENCE,
+    BaseOption,
+    Form,
+    HypernetworkOption,
+    Kind,
+    Method,
+    Mode,
+    Overrides,
+    Planned,
+    PresetOption,
+    SourceArgument,
+    StoreArgument,
+)
+from pipelines.ray_session import free_port, interruptible, ray_session
 from pipelines.store.commands import store_app
 from pipelines.terminal import console, say, told
 
@@ -20,89 +30,7 @@ app = typer.Typer(
 )
 app.add_typer(store_app, name="store")
 RECIPE_FILES = Path(__file__).parent / "pipelines" / "recipes"
-REFERENCE = Path(__file__).parent / "assets" / "reference"
 LONG_DOCUMENT_PARTS = 14
-
-Overrides = Annotated[
-    list[str] | None, typer.Option("--set", help="Change a recipe's value: `section.field=value`; may be repeated.")
-]
-BaseOption = Annotated[str, typer.Option(help="Model directory or Hugging Face name.", show_default="the reference base")]
-HypernetworkOption = Annotated[
-    str, typer.Option(help="Directory of a trained or imported hypernetwork.", show_default="the reference hypernetwork")
-]
-PresetOption = Annotated[
-    str | None, typer.Option(help="LIFT's settings by name: v1, v3, v4, v4_fast or finetune_raw.", show_default="v4")
-]
-SourceArgument = Annotated[str, typer.Argument(help="Text, Markdown, HTML, PDF, JSONL, Parquet: file, folder, pattern, @list.")]
-StoreArgument = Annotated[str, typer.Argument(help="The store; made where there is none.")]
-
-
-class Kind(StrEnum):
-    base = "base"
-    hypernetwork = "hypernetwork"
-    pre_lift = "pre-lift"
-
-
-class Method(StrEnum):
-    shine = "shine"
-    lift = "lift"
-
-
-class Planned(StrEnum):
-    convert = "convert"
-    lift = "lift"
-
-
-class Form(StrEnum):
-    loogle = "loogle"
-    longbench = "longbench"
-
-
-class Mode(StrEnum):
-    auto = "auto"
-    adapter = "adapter"
-    in_context = "in_context"
-    adapter_in_context = "adapter_in_context"
-
-
-@contextmanager
-def ray_session(told_of_retries: bool = True, **own: Any) -> Iterator[None]:
-    """Connects to the cluster that RAY_ADDRESS names, or runs a local Ray for the command; one that runs already is kept.
-
-    told_of_retries: whether Ray says what it tries again, as it does whenever Ray Serve stops. own: of a local Ray, beside or
-    instead of what stands here. Ray's progress goes unsaid, as commands show their own; its warnings and errors do not.
-    """
-    # Of a local Ray: processes compute with one thread, and beside other work at no lower priority.
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_worker_niceness", "0")
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    if not told_of_retries:
-        os.environ.setdefault("RAY_enable_output_error_log_if_still_retry", "0")
-    import ray
-
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
-    logging.getLogger("ray.data._internal.execution.streaming_executor").setLevel(logging.WARNING)
-    if ray.is_initialized():
-        yield
-        return
-    address = os.environ.get("RAY_ADDRESS", "local")
-    own = {"num_cpus": max(os.cpu_count() or 1, 4), "object_store_memory": 2**29} | own
-    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **(own if address == "local" else {}))
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-@contextmanager
-def interruptible() -> Iterator[None]:
-    """Inside, SIGTERM is SIGINT; either leaves the context, and nothing is raised beyond it. `ray.init` would undo it."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        with suppress(KeyboardInterrupt):
-            yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @app.command()
@@ -487,13 +415,6 @@ def demo(
 
     with told(), ray_session(told_of_retries=False):
         run_demo(out.resolve(), server, console, seed)
-
-
-def free_port() -> int:
-    """A port on the loopback interface that nothing listens on."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-    return port
 
 
 if __name__ == "__main__":

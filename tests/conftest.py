@@ -6,11 +6,9 @@ A test may skip only if it is marked slow or gpu: where CI=true, any other skip 
 stopped running proves nothing.
 """
 
-import gc
 import importlib
 import logging
 import os
-import warnings
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from typing import Any
 import hypothesis
 import pytest
 
+from pipelines.ray_session import start
 from tests.s3 import bucket, ceph, ceph_bucket, ceph_proxy, moto_proxy, proxy, s3_admin, s3_server  # noqa: F401
 
 os.environ.update(
@@ -43,26 +42,7 @@ def ray_local() -> Iterator[Any]:
     """The `ray` module, connected to a local Ray of 4 logical CPUs that all tests of a run share. Starts in 20-30 s, ~0.8 GB."""
     import ray
 
-    def start() -> None:
-        ray.init(
-            address="local",
-            num_cpus=4,
-            object_store_memory=256 * 2**20,
-            include_dashboard=True,
-            log_to_driver=False,
-            logging_level="ERROR",
-        )
-
-    try:
-        start()
-    except Exception as error:
-        if "timed out during startup" not in str(error):
-            raise
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ResourceWarning)
-            ray.shutdown()
-            gc.collect()
-        start()
+    start(address="local", num_cpus=4, object_store_memory=256 * 2**20, include_dashboard=True)
     yield ray
     ray.shutdown()
 

@@ -91,9 +91,14 @@ def checked(recipe: ConvertRecipe) -> ConvertRecipe:
     lift = recipe.lift
     if recipe.method == "lift" and lift.questions.endpoint is not None and "RAY_ADDRESS" not in os.environ:
         api_key(lift.questions.endpoint.run)
+    places = {name: str(Path(place).resolve()) for name in ("base", "hypernetwork") if _is_local(place := getattr(recipe, name))}
     changes: dict[str, object] = {}
     if lift.pre_lift is not None:
         changes["pre_lift"] = str(Path(lift.pre_lift).resolve())
     if lift.run.scratch is not None:
         changes["run"] = lift.run.model_copy(update={"scratch": str(Path(lift.run.scratch).resolve())})
-    return recipe.model_copy(update={"lift": lift.model_copy(update=changes)})
+    return recipe.model_copy(update=places | {"lift": lift.model_copy(update=changes)})
+
+
+def _is_local(name: str | None) -> bool:
+    return name is not None and Path(name).exists()
