@@ -23,14 +23,13 @@ from pipelines.options import (
 )
 from pipelines.ray_session import free_port, interruptible, ray_session
 from pipelines.store.commands import store_app
-from pipelines.terminal import console, say, told
+from pipelines.terminal import console, told
 
 app = typer.Typer(
     no_args_is_help=True, pretty_exceptions_show_locals=False, rich_markup_mode="markdown", help="Documents to LoRA adapters."
 )
 app.add_typer(store_app, name="store")
 RECIPE_FILES = Path(__file__).parent / "pipelines" / "recipes"
-LONG_DOCUMENT_PARTS = 14
 
 
 @app.command()
@@ -104,23 +103,14 @@ def convert(
 
     Example: `imprint convert notes/ runs/store --set collection=notes`
     """
-    from pipelines.conversion.convert import convert as run_conversion
-    from pipelines.conversion.plan_outcomes import took, where_planned
-    from pipelines.conversion.plan_tables import taken_table
-    from pipelines.conversion.planning import read_plan
+    from pipelines.conversion.commands import convert_command
     from pipelines.conversion.recipe import load_recipe
 
     if hypernetwork is None and recipe is None and method != Method.lift:
         hypernetwork = str(REFERENCE / "hypernetwork")
-    with told(), ray_session():
-        resolved = load_recipe(recipe, method, base, hypernetwork, preset, [*(changes or ()), *["prune.enabled=true"] * prune])
-        planned = None if plan is None else read_plan(plan)
-        summary = run_conversion(source, store, resolved, progress=console)
-        say(summary.lines())
-        if planned is not None and summary.adapters:
-            console.print(taken_table(planned, took(planned, summary.figures(), resolved.run)))
-        else:
-            say(where_planned(summary, resolved))
+    with told():
+        settings = [*(changes or ()), *["prune.enabled=true"] * prune]
+        convert_command(source, store, load_recipe(recipe, method, base, hypernetwork, preset, settings), plan)
 
 
 @app.command()
@@ -149,7 +139,7 @@ def lift(
 
     Example: `imprint lift runs/store --select 'quality < 0.8 or demand > 100'`
     """
-    from pipelines.conversion.promotion import choose, promote
+    from pipelines.conversion.commands import promote_command
     from pipelines.conversion.recipe import load_recipe
 
     if store is not None and select is None and not dry_run:
@@ -158,12 +148,7 @@ def lift(
     with told():
         if store is not None or select is None:
             raise ValueError("give a source and a store, or with --select the store alone: its own documents are lifted")
-        resolved = load_recipe(recipe, Method.lift, base, hypernetwork, preset, changes or ())
-        if dry_run:
-            say(choose(source, select, resolved).lines())
-        else:
-            with ray_session():
-                say(promote(source, select, resolved, progress=console).lines())
+        promote_command(source, select, load_recipe(recipe, Method.lift, base, hypernetwork, preset, changes or ()), dry_run)
 
 
 @app.command()
@@ -244,21 +229,11 @@ def evaluate(
 
     Example: `imprint evaluate --count 100 --level 1 --out runs/evaluation`
     """
-    from core.adapters.base_model import load_base
-    from core.config import load
-    from core.shine.hypernetwork import Hypernetwork
-    from pipelines.evaluation.evaluate import evaluate as run_evaluation
-    from pipelines.evaluation.report import markdown, write_report
-    from pipelines.world.documents import WorldSpec, generate
+    from pipelines.evaluation.commands import evaluate_command
 
     with told():
-        values = f"seed={seed}", "split=test", f"count={count}"
-        specs = [load(WorldSpec, None, [*values, f"level={n}"]) for n in level or (1, 2)]
-        loaded = load_base(base)
-        network = Hypernetwork.load(hypernetwork, loaded)
-        report = run_evaluation(loaded, network, [document for spec in specs for document in generate(spec)])
-        write_report(report, out)
-    console.print(markdown(report), highlight=False, markup=False, soft_wrap=True)
+        report = evaluate_command(base, hypernetwork, count, level or (1, 2), seed, out)
+    console.print(report, highlight=False, markup=False, soft_wrap=True)
     console.print(f"written: {out}")
 
 
@@ -283,23 +258,11 @@ def compare(
 
     Example: `imprint compare longdep_qa.jsonl --form loogle --base Qwen/Qwen3-0.6B --out runs/loogle`
     """
-    from core.adapters.base_model import load_base
-    from core.config import load
-    from core.shine.hypernetwork import Hypernetwork
-    from pipelines.evaluation.benchmark_readers import READERS
-    from pipelines.evaluation.lift_comparison import ComparisonSettings
-    from pipelines.evaluation.lift_comparison import compare as run_comparison
-    from pipelines.evaluation.lift_report import markdown, write_lift_report
-    from pipelines.evaluation.long_documents import long_documents
+    from pipelines.evaluation.commands import compare_command
 
     with told():
-        settings = load(ComparisonSettings, recipe, changes or ())
-        loaded = load_base(base)
-        network = None if hypernetwork is None else Hypernetwork.load(hypernetwork, loaded)
-        items = list(long_documents(count, LONG_DOCUMENT_PARTS, seed) if documents is None else READERS[form](documents))
-        compared = run_comparison(loaded, network, items, settings)
-        write_lift_report(compared.report, out, compared.gates)
-    console.print(markdown(compared.report), highlight=False, markup=False, soft_wrap=True)
+        report = compare_command(documents, form, base, hypernetwork, count, seed, recipe, changes or (), out)
+    console.print(report, highlight=False, markup=False, soft_wrap=True)
     console.print(f"written: {out}")
 
 
@@ -323,25 +286,11 @@ def plan(
 
     Example: `imprint plan lift notes/ --base Qwen/Qwen3-0.6B`
     """
-    from pipelines.conversion.plan_outcomes import plan_of_run
-    from pipelines.conversion.plan_tables import plan_tables, taken_table
-    from pipelines.conversion.planning import load_plan_recipe, plan_conversion, plan_lifting
+    from pipelines.conversion.commands import plan_command
 
     with told():
         given = (recipe, prices, gpus, changes or ())
-        if run is not None and (method, source, base, hypernetwork, recipe, out) == (Planned.convert, *[None] * 5):
-            console.print(taken_table(*plan_of_run(run, documents_per_s, *given[1:])))
-            return
-        if source is None or run is not None:
-            raise ValueError("give a source, or with `plan convert` --run alone: a run has its own source, models and recipe")
-        base = str(REFERENCE / "base") if base is None else base
-        if method == Planned.lift:
-            if (hypernetwork, documents_per_s, out) != (None, None, None):
-                raise ValueError("--hypernetwork, --documents-per-s and --out are for `plan convert`: leave them out")
-            say(plan_lifting(source, base, *given))
-            return
-        planned = plan_conversion(source, load_plan_recipe(base, hypernetwork, documents_per_s, *given), out)
-    console.print(plan_tables(planned, source))
+        plan_command(method, source, base, hypernetwork, documents_per_s, out, run, str(REFERENCE / "base"), given)
 
 
 @app.command("import-shine")
