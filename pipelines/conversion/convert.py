@@ -122,8 +122,8 @@ def receipts(
     context.execution_options.preserve_order = True
     run = recipe.run
     known = KnownContents.of(store, recipe.method, recipe.encoding) if recipe.one_each else None
-    lasting = {"max_restarts": -1, "max_task_retries": -1}
-    names = ray.remote(num_cpus=0, **lasting)(sources.UniqueNames).remote()
+    lasting: dict[str, Any] = {"max_restarts": -1, "max_task_retries": -1}
+    names: Any = ray.remote(num_cpus=0, **lasting)(sources.UniqueNames).remote()
     converter = ray.remote(num_cpus=1, num_gpus=1 if run.device.startswith("cuda") else 0, **lasting)(Converter)
 
     def convert_named(actor: Any, buffer: ray.ObjectRef) -> ray.ObjectRef:
