@@ -1,9 +1,9 @@
 """Documents per second of a conversion against those of an earlier commit, checked out elsewhere, in one run.
 
-Each conversion is a process of its own, of one tree or the other, with a Ray of its own and the same corpus, base and hypernetwork
-on disk; the trees alternate, so that both meet the same machine, and which one begins changes from round to round. Two rates: over
-the whole conversion, from the moment Ray is there to the last commit (loading of models included), and as the tree's own summary
-says it, without start-up. The bytes of all adapters are compared: the sum of their blobs' hashes is the same, or the run fails.
+Each conversion is a process of its own, by the code of one tree or the other, with a Ray of its own, the same corpus, base and
+hypernetwork. The trees alternate, so that both meet the same machine, and which one begins changes from round to round. Two rates:
+over the whole conversion, from the moment Ray is there to the last commit (loading of models included), and as the tree's own
+summary says it, without start-up. Ids and hashes of all adapters are compared: the run fails unless they are the same.
 
 Run from the root: `python -m benchmarks.conversion.against --against CHECKOUT --count 5000 --rounds 3`; about 8 minutes on 2
 cores. Weights are random in the reference shape, as in `benchmarks.conversion.throughput`.

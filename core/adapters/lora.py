@@ -255,8 +255,8 @@ class _LoraAttachment(Attachment):
 def _adds_in_place(y_BTO: Tensor) -> bool:
     """Whether a delta may be added by the product that makes it, which spares two passes over the output.
 
-    Only in fp32, where a product of one block (hundreds of ranks) gives the very numbers of product and sum, and where no
-    gradient is taken: the linear's own output is overwritten.
+    Only in fp32, where that gives the very numbers of product and sum at ranks from 2 to some hundreds, and at others one
+    rounding less; and where no gradient is taken, for the linear's own output is overwritten.
     """
     return y_BTO.dtype == torch.float32 and y_BTO.is_contiguous() and not torch.is_grad_enabled()
 
