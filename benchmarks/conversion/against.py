@@ -1,7 +1,7 @@
 """Documents per second of a conversion against those of an earlier commit, checked out elsewhere, in one run.
 
 Each conversion is a process of its own, by the code of one tree or the other, with a Ray of its own, the same corpus, base and
-hypernetwork. The trees alternate, so that both meet the same machine, and which one begins changes from round to round. Two rates:
+hypernetwork. The trees alternate, so that both meet the same machine, and which one begins changes by round. Two rates:
 over the whole conversion, from the moment Ray is there to the last commit (loading of models included), and as the tree's own
 summary says it, without start-up. Ids and hashes of all adapters are compared: the run fails unless they are the same.
 
