@@ -1,20 +1,30 @@
 """The command line: one function a command, no logic."""
 
-import logging
-import os
-import signal
-import socket
 from collections.abc import Iterator
-from contextlib import chdir, contextmanager, suppress
-from enum import StrEnum
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from pipelines.conversion.exchange import exchange_app
+from pipelines.options import (
+    REFERENCE,
+    BaseOption,
+    Form,
+    HypernetworkOption,
+    Kind,
+    Method,
+    Mode,
+    Overrides,
+    Planned,
+    PresetOption,
+    SourceArgument,
+    StoreArgument,
+)
+from pipelines.ray_session import free_port, interruptible, ray_session
 from pipelines.store.commands import store_app
-from pipelines.terminal import console, say, told
+from pipelines.terminal import console, told
 
 app = typer.Typer(
     no_args_is_help=True, pretty_exceptions_show_locals=False, rich_markup_mode="markdown", help="Documents to LoRA adapters."
@@ -22,91 +32,6 @@ app = typer.Typer(
 app.add_typer(store_app, name="store")
 app.add_typer(exchange_app)
 RECIPE_FILES = Path(__file__).parent / "pipelines" / "recipes"
-REFERENCE = Path(__file__).parent / "assets" / "reference"
-LONG_DOCUMENT_PARTS = 14
-
-Overrides = Annotated[
-    list[str] | None, typer.Option("--set", help="Change a recipe's value: `section.field=value`; may be repeated.")
-]
-BaseOption = Annotated[str, typer.Option(help="Model directory or Hugging Face name.", show_default="the reference base")]
-HypernetworkOption = Annotated[
-    str, typer.Option(help="Directory of a trained or imported hypernetwork.", show_default="the reference hypernetwork")
-]
-PresetOption = Annotated[
-    str | None, typer.Option(help="LIFT's settings by name: v1, v3, v4, v4_fast or finetune_raw.", show_default="v4")
-]
-SourceArgument = Annotated[str, typer.Argument(help="Text, Markdown, HTML, PDF, JSON, CSV, Parquet: file, folder, glob, @list.")]
-StoreArgument = Annotated[str, typer.Argument(help="The store; made where there is none.")]
-
-
-class Kind(StrEnum):
-    base = "base"
-    hypernetwork = "hypernetwork"
-    pre_lift = "pre-lift"
-
-
-class Method(StrEnum):
-    shine = "shine"
-    lift = "lift"
-
-
-class Planned(StrEnum):
-    convert = "convert"
-    lift = "lift"
-
-
-class Form(StrEnum):
-    loogle = "loogle"
-    longbench = "longbench"
-
-
-class Mode(StrEnum):
-    auto = "auto"
-    adapter = "adapter"
-    in_context = "in_context"
-    adapter_in_context = "adapter_in_context"
-
-
-@contextmanager
-def ray_session(told_of_retries: bool = True, **own: Any) -> Iterator[None]:
-    """Connects to the cluster that RAY_ADDRESS names, or runs a local Ray for the command; one that runs already is kept.
-
-    told_of_retries: whether Ray says what it tries again, as it does whenever Ray Serve stops. own: of a local Ray, beside or
-    instead of what stands here. Ray's progress goes unsaid, as commands show their own; its warnings and errors do not.
-    """
-    # Of a local Ray: processes compute with one thread, and beside other work at no lower priority.
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_worker_niceness", "0")
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    if not told_of_retries:
-        os.environ.setdefault("RAY_enable_output_error_log_if_still_retry", "0")
-    import ray
-
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
-    logging.getLogger("ray.data._internal.execution.streaming_executor").setLevel(logging.WARNING)
-    if ray.is_initialized():
-        yield
-        return
-    address = os.environ.get("RAY_ADDRESS", "local")
-    own = {"num_cpus": max(os.cpu_count() or 1, 4), "object_store_memory": 2**29} | own
-    # Ray's processes start in the current folder and import from it first: from here, that is never the corpus.
-    with chdir(Path(__file__).parent):
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **(own if address == "local" else {}))
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-@contextmanager
-def interruptible() -> Iterator[None]:
-    """Inside, SIGTERM is SIGINT; either leaves the context, and nothing is raised beyond it. `ray.init` would undo it."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        with suppress(KeyboardInterrupt):
-            yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @app.command()
@@ -180,23 +105,14 @@ def convert(
 
     Example: `imprint convert notes/ runs/store --set collection=notes`
     """
-    from pipelines.conversion.convert import convert as run_conversion
-    from pipelines.conversion.plan_outcomes import took, where_planned
-    from pipelines.conversion.plan_tables import taken_table
-    from pipelines.conversion.planning import read_plan
+    from pipelines.conversion.commands import convert_command
     from pipelines.conversion.recipe import load_recipe
 
     if hypernetwork is None and recipe is None and method != Method.lift:
         hypernetwork = str(REFERENCE / "hypernetwork")
-    with told(), ray_session():
-        resolved = load_recipe(recipe, method, base, hypernetwork, preset, [*(changes or ()), *["prune.enabled=true"] * prune])
-        planned = None if plan is None else read_plan(plan)
-        summary = run_conversion(source, store, resolved, progress=console)
-        say(summary.lines())
-        if planned is not None and summary.adapters:
-            console.print(taken_table(planned, took(planned, summary.figures(), resolved.run)))
-        else:
-            say(where_planned(summary, resolved))
+    with told():
+        settings = [*(changes or ()), *["prune.enabled=true"] * prune]
+        convert_command(source, store, load_recipe(recipe, method, base, hypernetwork, preset, settings), plan)
 
 
 @app.command()
@@ -225,7 +141,7 @@ def lift(
 
     Example: `imprint lift runs/store --select 'quality < 0.8 or demand > 100'`
     """
-    from pipelines.conversion.promotion import choose, promote
+    from pipelines.conversion.commands import promote_command
     from pipelines.conversion.recipe import load_recipe
 
     if store is not None and select is None and not dry_run:
@@ -234,12 +150,7 @@ def lift(
     with told():
         if store is not None or select is None:
             raise ValueError("give a source and a store, or with --select the store alone: its own documents are lifted")
-        resolved = load_recipe(recipe, Method.lift, base, hypernetwork, preset, changes or ())
-        if dry_run:
-            say(choose(source, select, resolved).lines())
-        else:
-            with ray_session():
-                say(promote(source, select, resolved, progress=console).lines())
+        promote_command(source, select, load_recipe(recipe, Method.lift, base, hypernetwork, preset, changes or ()), dry_run)
 
 
 @app.command()
@@ -304,21 +215,11 @@ def evaluate(
 
     Example: `imprint evaluate --count 100 --level 1 --out runs/evaluation`
     """
-    from core.adapters.base_model import load_base
-    from core.config import load
-    from core.shine.hypernetwork import Hypernetwork
-    from pipelines.evaluation.evaluate import evaluate as run_evaluation
-    from pipelines.evaluation.report import markdown, write_report
-    from pipelines.world.documents import WorldSpec, generate
+    from pipelines.evaluation.commands import evaluate_command
 
     with told():
-        values = f"seed={seed}", "split=test", f"count={count}"
-        specs = [load(WorldSpec, None, [*values, f"level={n}"]) for n in level or (1, 2)]
-        loaded = load_base(base)
-        network = Hypernetwork.load(hypernetwork, loaded)
-        report = run_evaluation(loaded, network, [document for spec in specs for document in generate(spec)])
-        write_report(report, out)
-    console.print(markdown(report), highlight=False, markup=False, soft_wrap=True)
+        report = evaluate_command(base, hypernetwork, count, level or (1, 2), seed, out)
+    console.print(report, highlight=False, markup=False, soft_wrap=True)
     console.print(f"written: {out}")
 
 
@@ -343,23 +244,11 @@ def compare(
 
     Example: `imprint compare longdep_qa.jsonl --form loogle --base Qwen/Qwen3-0.6B --out runs/loogle`
     """
-    from core.adapters.base_model import load_base
-    from core.config import load
-    from core.shine.hypernetwork import Hypernetwork
-    from pipelines.evaluation.benchmark_readers import READERS
-    from pipelines.evaluation.lift_comparison import ComparisonSettings
-    from pipelines.evaluation.lift_comparison import compare as run_comparison
-    from pipelines.evaluation.lift_report import markdown, write_lift_report
-    from pipelines.evaluation.long_documents import long_documents
+    from pipelines.evaluation.commands import compare_command
 
     with told():
-        settings = load(ComparisonSettings, recipe, changes or ())
-        loaded = load_base(base)
-        network = None if hypernetwork is None else Hypernetwork.load(hypernetwork, loaded)
-        items = list(long_documents(count, LONG_DOCUMENT_PARTS, seed) if documents is None else READERS[form](documents))
-        compared = run_comparison(loaded, network, items, settings)
-        write_lift_report(compared.report, out, compared.gates)
-    console.print(markdown(compared.report), highlight=False, markup=False, soft_wrap=True)
+        report = compare_command(documents, form, base, hypernetwork, count, seed, recipe, changes or (), out)
+    console.print(report, highlight=False, markup=False, soft_wrap=True)
     console.print(f"written: {out}")
 
 
@@ -383,25 +272,11 @@ def plan(
 
     Example: `imprint plan lift notes/ --base Qwen/Qwen3-0.6B`
     """
-    from pipelines.conversion.plan_outcomes import plan_of_run
-    from pipelines.conversion.plan_tables import plan_tables, taken_table
-    from pipelines.conversion.planning import load_plan_recipe, plan_conversion, plan_lifting
+    from pipelines.conversion.commands import plan_command
 
     with told():
         given = (recipe, prices, gpus, changes or ())
-        if run is not None and (method, source, base, hypernetwork, recipe, out) == (Planned.convert, *[None] * 5):
-            console.print(taken_table(*plan_of_run(run, documents_per_s, *given[1:])))
-            return
-        if source is None or run is not None:
-            raise ValueError("give a source, or with `plan convert` --run alone: a run has its own source, models and recipe")
-        base = str(REFERENCE / "base") if base is None else base
-        if method == Planned.lift:
-            if (hypernetwork, documents_per_s, out) != (None, None, None):
-                raise ValueError("--hypernetwork, --documents-per-s and --out are for `plan convert`: leave them out")
-            say(plan_lifting(source, base, *given))
-            return
-        planned = plan_conversion(source, load_plan_recipe(base, hypernetwork, documents_per_s, *given), out)
-    console.print(plan_tables(planned, source))
+        plan_command(method, source, base, hypernetwork, documents_per_s, out, run, str(REFERENCE / "base"), given)
 
 
 @app.command()
@@ -425,13 +300,6 @@ def demo(
 
     with told(), ray_session(told_of_retries=False):
         run_demo(out.resolve(), server, console, seed)
-
-
-def free_port() -> int:
-    """A port on the loopback interface that nothing listens on."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-    return port
 
 
 if __name__ == "__main__":

@@ -6,18 +6,17 @@ A test may skip only if it is marked slow or gpu: where CI=true, any other skip 
 stopped running proves nothing.
 """
 
-import gc
 import importlib
 import logging
 import os
-import warnings
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import hypothesis
 import pytest
 
+from pipelines.ray_session import start
 from tests.s3 import bucket, ceph, ceph_bucket, ceph_proxy, moto_proxy, proxy, s3_admin, s3_server  # noqa: F401
 
 os.environ.update(
@@ -43,26 +42,7 @@ def ray_local() -> Iterator[Any]:
     """The `ray` module, connected to a local Ray of 4 logical CPUs that all tests of a run share. Starts in 20-30 s, ~0.8 GB."""
     import ray
 
-    def start() -> None:
-        ray.init(
-            address="local",
-            num_cpus=4,
-            object_store_memory=256 * 2**20,
-            include_dashboard=True,
-            log_to_driver=False,
-            logging_level="ERROR",
-        )
-
-    try:
-        start()
-    except Exception as error:
-        if "timed out during startup" not in str(error):
-            raise
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ResourceWarning)
-            ray.shutdown()
-            gc.collect()
-        start()
+    start(address="local", num_cpus=4, object_store_memory=256 * 2**20, include_dashboard=True)
     yield ray
     ray.shutdown()
 
@@ -88,22 +68,30 @@ def said_by_ray(ray_local: Any) -> Iterator[list[str]]:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[SKIPPED] = []
+    config.pluginmanager.register(Skips(config.stash[SKIPPED]))
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
-    report = yield
-    if report.skipped:
-        collector.config.stash[SKIPPED].append(report.nodeid)
-    return report
+class Skips:
+    """Notes what was skipped and may not be: of this process's tests, or of all of pytest-xdist's workers."""
+
+    def __init__(self, skipped: list[str]) -> None:
+        self._skipped = skipped
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.skipped:
+            self._skipped.append(report.nodeid)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.skipped and not hasattr(report, "wasxfail") and MAY_SKIP.isdisjoint(report.keywords):
+            self._skipped.append(report.nodeid)
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    report = yield
-    if report.skipped and not hasattr(report, "wasxfail") and MAY_SKIP.isdisjoint(mark.name for mark in item.iter_markers()):
-        item.config.stash[SKIPPED].append(report.nodeid)
-    return report
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With `pytest -n 2 --dist loadgroup` (pytest-xdist), one worker has the Ray, and a file's tests stay together."""
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            group = "ray" if "ray_local" in getattr(item, "fixturenames", ()) else item.nodeid.partition("::")[0]
+            item.add_marker(pytest.mark.xdist_group(group))
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

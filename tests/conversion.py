@@ -67,7 +67,7 @@ def converters_below(pid: int) -> list[int]:
     found = []
     for each in below:
         try:
-            if "MapBatches(Converter)" in Path(f"/proc/{each}/cmdline").read_text():
+            if "ray::Converter" in Path(f"/proc/{each}/cmdline").read_text():
                 found.append(each)
         except OSError:
             continue

@@ -31,10 +31,10 @@ from core.adapters.base_model import load_base, tokenizer_of
 from core.shine.hypernetwork import Hypernetwork
 from core.text.tokens import read
 from core.training.examples import plan_batches
-from imprint import ray_session
 from pipelines.conversion.convert import convert
 from pipelines.conversion.recipe import ConvertRecipe, ConvertRun
 from pipelines.corpus import sources
+from pipelines.ray_session import ray_session
 
 READY_S = 300
 

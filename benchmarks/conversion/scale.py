@@ -29,14 +29,14 @@ from transformers.utils import logging
 from benchmarks.conversion.throughput import HYPERNETWORK, SHAPE, build
 from benchmarks.record import RESULTS, write_result
 from core.store.store import Store
-from imprint import ray_session
 from pipelines.conversion.convert import Corpus, convert, corpus_of, receipts
 from pipelines.conversion.recipe import ConvertRecipe, ConvertRun
+from pipelines.ray_session import ray_session
 
 PERIOD_S = 0.5
 PARTS = 5
 PROCESSES = ("driver", "actors", "others")
-ACTOR = "MapBatches(Converter)"
+ACTOR = "ray::Converter"
 
 
 class Sample(NamedTuple):

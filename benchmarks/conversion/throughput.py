@@ -32,11 +32,11 @@ from core.store.manifest import NewAdapter
 from core.store.store import Store
 from core.text.documents import Document
 from core.writing.writer import AdapterWriter, Written
-from imprint import ray_session
 from pipelines.conversion.convert import convert
 from pipelines.conversion.converter import open_writer, prepare, tokens_of
 from pipelines.conversion.recipe import ConvertRecipe, ConvertRun
 from pipelines.corpus import sources
+from pipelines.ray_session import ray_session
 from pipelines.world import documents as world
 from pipelines.world.tokenizer import build_tokenizer
 

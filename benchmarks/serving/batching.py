@@ -27,7 +27,7 @@ from core.store.manifest import NewAdapter, Producer
 from core.store.store import Store
 from core.text.documents import Document, Window
 from core.text.prompts import clean_answer, prompt
-from imprint import free_port, ray_session
+from pipelines.ray_session import free_port, ray_session
 from pipelines.world.tokenizer import build_tokenizer
 from serve.app import run
 from serve.settings import ServeRun, ServeSettings

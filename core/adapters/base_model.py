@@ -47,15 +47,16 @@ class Attachment:
 class _Active(threading.local):
     """Of the current thread: attachments, outermost first; queries of the layer that runs; where gates and outputs are kept.
 
-    mask: what makes a layer's attention mask out of its own.
+    mask: what makes a layer's attention mask out of its own. narrowed: (length, count) where the last layer is computed for the
+    last `count` of its `length` positions alone.
     """
 
     stack: tuple[Attachment, ...] = ()
     query: Tensor | None = None
     gates: dict[int, Tensor] | None = None
     outputs: list[Tensor] | None = None
-    kept_positions: int = 0
     mask: Callable[[int, Tensor | None], Tensor | None] | None = None
+    narrowed: tuple[int, int] | None = None
 
     @contextmanager
     def only(self, stack: tuple[Attachment, ...]) -> Iterator[None]:
@@ -66,22 +67,31 @@ class _Active(threading.local):
         finally:
             self.stack, self.query = before
 
+    @contextmanager
+    def narrow(self, narrowed: tuple[int, int] | None) -> Iterator[None]:
+        before, self.narrowed = self.narrowed, narrowed
+        try:
+            yield
+        finally:
+            self.narrowed = before
+
 
 class _Reattaching:
-    """A layer's checkpointing function whose second run sees the attachments of the first, wherever backward is called."""
+    """A layer's checkpointing function whose second run sees what the first did, wherever backward is called: the attachments,
+    and which positions are computed."""
 
     def __init__(self, checkpoint: Any, active: _Active) -> None:
         self._checkpoint = checkpoint
         self._active = active
 
     def __call__(self, run: Any, *args: Any) -> Any:
-        stack = self._active.stack
+        stack, narrowed = self._active.stack, self._active.narrowed
 
-        def run_with_stack(*inner: Any) -> Any:
-            with self._active.only(stack):
+        def run_again(*inner: Any) -> Any:
+            with self._active.only(stack), self._active.narrow(narrowed):
                 return run(*inner)
 
-        return self._checkpoint(run_with_stack, *args)
+        return self._checkpoint(run_again, *args)
 
 
 class BaseModel:
@@ -128,6 +138,10 @@ class BaseModel:
                 linear.register_forward_hook(partial(self._apply_attachments, layer, site))
             self._query_module(layer).register_forward_hook(self._keep_query)
             self.linears[layer, "o"].register_forward_pre_hook(partial(self._mix_heads, layer))
+        for site in ("o", "gate", "up"):
+            self.linears[len(self.layers) - 1, site].register_forward_pre_hook(self._narrow)
+        for site in ("o", "down"):
+            self.linears[len(self.layers) - 1, site].register_forward_hook(self._widen)
         if len(set(self.linears.values())) != len(self.linears):
             raise ValueError("this model shares linears between layers: adapters need one linear for each layer and site")
         if self.device.type != "meta":
@@ -202,14 +216,15 @@ class BaseModel:
     def layer_outputs(self, inputs_BTH: Tensor, mask_BT: Tensor, count: int) -> list[Tensor]:
         """`[B, count, H]` fp32 of every layer: its output (before the last norm) at the last `count` positions.
 
-        Positions count from column 0, padding included. The last norm and the head are not computed. Raises `ValueError` for
-        layers that give more than one vector a token.
+        Positions count from column 0, padding included. Not computed are the last norm, the head, and of the last layer what
+        follows attention at the other positions. Raises `ValueError` for layers that give more than one vector a token.
         """
         outputs: list[Tensor] = []
-        self.active.outputs, self.active.kept_positions = outputs, count
+        self.active.outputs = outputs
         try:
             position_ids = torch.arange(inputs_BTH.shape[1], device=inputs_BTH.device)[None]
-            self.decoder(inputs_embeds=inputs_BTH, attention_mask=mask_BT, position_ids=position_ids, use_cache=False)
+            with self.active.narrow((inputs_BTH.shape[1], count)):
+                self.decoder(inputs_embeds=inputs_BTH, attention_mask=mask_BT, position_ids=position_ids, use_cache=False)
         finally:
             self.active.outputs = None
         return outputs
@@ -289,10 +304,20 @@ class BaseModel:
 
     def _keep_output(self, layer: nn.Module, args: Any, output: Any) -> None:
         if self.active.outputs is not None:
+            assert self.active.narrowed is not None
             hidden_BTH = output[0] if isinstance(output, tuple) else output
             if hidden_BTH.dim() != 3:
                 raise ValueError(f"layers of {type(self.model).__name__} hand on several streams: no hypernetwork can read them")
-            self.active.outputs.append(hidden_BTH[:, -self.active.kept_positions :].to(torch.float32, copy=True))
+            self.active.outputs.append(hidden_BTH[:, -self.active.narrowed[1] :].to(torch.float32, copy=True))
+
+    def _narrow(self, linear: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        return None if self.active.narrowed is None else (args[0][:, -self.active.narrowed[1] :], *args[1:])
+
+    def _widen(self, linear: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        if self.active.narrowed is None:
+            return None
+        length, count = self.active.narrowed
+        return nn.functional.pad(output, (0, 0, length - count, 0))
 
     def _skip_where_outputs_are_kept(self, norm: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         return None if self.active.outputs is None else (args[0][:, :0],)

@@ -1,6 +1,6 @@
 """A corpus to a store of adapters, with Ray Data.
 
-    read, normalise, tokenise (tasks) -> unique names (one actor) -> buffers of like size
+    read, normalise, tokenise (tasks) -> buffers of like size -> unique names (one actor)
     -> adapters, shards, commits (actor pool) -> receipts -> the driver: progress, summary, files
 
 In: a source (`pipelines.corpus.sources`), or documents of the store itself (`pipelines.conversion.promotion`); a store; a recipe,
@@ -27,17 +27,17 @@ waits for new ones.
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import pyarrow as pa
 import ray
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from core.store.store import Store
+from pipelines.conversion.actor_pool import ActorPool
 from pipelines.conversion.converter import Converter, prepare_for
 from pipelines.conversion.known_contents import KnownContents
 from pipelines.conversion.near_duplicates import NearDuplicates
@@ -86,20 +86,20 @@ def convert_corpus(corpus: Corpus, store: Store, recipe: ConvertRecipe, start: f
             "prune.enabled compares a store with its source: leave it out where the store's own documents are lifted"
         )
     files = RunFiles(store.url, {"source": corpus.source, "store": store.url, "recipe": recipe.model_dump(mode="json")})
-    summary, seen, near, first_read = Summary(files.url), SeenNames(), NearDuplicates(), time.time()
+    summary, seen, near = Summary(files.url), SeenNames(), NearDuplicates()
     summary.by_reference_weights = is_reference(recipe.hypernetwork)
+    started_at: list[float] = []
     with _bar(progress, corpus.size_bytes) as show:
         try:
-            for batch in receipts(corpus, store, recipe):
+            for batch in receipts(corpus, store, recipe, started_at.append):
                 for receipt in batch:
                     summary.add(receipt)
-                    first_read = min(first_read, receipt.read_at) if summary.documents.total() > 1 else receipt.read_at
                 if recipe.prune.enabled:
                     seen.add(batch)
                 if recipe.run.near_duplicates:
                     near.add(batch)
                 files.add(batch)
-                summary.start_s, summary.convert_s = first_read - start, time.time() - first_read
+                summary.start_s, summary.convert_s = started_at[0] - start, time.time() - started_at[0]
                 show(sum(receipt.source_bytes for receipt in batch), summary)
         finally:
             files.flush()
@@ -112,32 +112,36 @@ def convert_corpus(corpus: Corpus, store: Store, recipe: ConvertRecipe, start: f
     return summary
 
 
-def receipts(corpus: Corpus, store: Store, recipe: ConvertRecipe) -> Iterator[list[Receipt]]:
-    """Runs the job; its receipts as they are committed, buffer by buffer in the source's order. Closing the iterator ends it."""
+def receipts(
+    corpus: Corpus, store: Store, recipe: ConvertRecipe, started: Callable[[float], None] = lambda at: None
+) -> Iterator[list[Receipt]]:
+    """Runs the job; its receipts as they are committed, buffer by buffer in the source's order. Closing the iterator ends it.
+
+    started: told, before the first receipts, the Unix time from which an actor was there to make adapters.
+    """
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = context.print_on_execution_start = False
     context.execution_options.preserve_order = True
-    context.wait_for_min_actors_s = 3600
     run = recipe.run
     known = KnownContents.of(store, recipe.method, recipe.encoding) if recipe.one_each else None
+    lasting: dict[str, Any] = {"max_restarts": -1, "max_task_retries": -1}
+    names: Any = ray.remote(num_cpus=0, **lasting)(sources.UniqueNames).remote()
+    converter = ray.remote(num_cpus=1, num_gpus=1 if run.device.startswith("cuda") else 0, **lasting)(Converter)
+
+    def convert_named(actor: Any, buffer: ray.ObjectRef) -> ray.ObjectRef:
+        return actor.__call__.remote(names.__call__.remote(buffer))
+
     with ray.data.DataContext.current(context):
         preparing = partial(prepare_for, recipe=recipe, known=known)
         rows = corpus.dataset().map_batches(preparing, batch_size=None, batch_format="pyarrow")
-        one = ray.data.ActorPoolStrategy(size=1)
-        rows = rows.map_batches(sources.UniqueNames, batch_size=None, batch_format="pyarrow", compute=one, num_cpus=0)
         rows = rows.repartition(target_num_rows_per_block=run.buffer_documents, strict=True)
-        rows = rows.map_batches(
-            Converter,
-            batch_size=None,
-            batch_format="pyarrow",
-            fn_constructor_kwargs={"store_url": store.url, "recipe": recipe, "in_store": corpus.in_store},
-            compute=ray.data.ActorPoolStrategy(min_size=min(run.min_actors, run.actors), max_size=run.actors),
-            num_cpus=1,
-            num_gpus=1 if run.device.startswith("cuda") else 0,
-        )
-        for batch in rows.iter_batches(batch_size=None, batch_format="pyarrow"):
-            assert isinstance(batch, pa.Table)
-            yield [Receipt(**row) for row in batch.to_pylist()]
+        buffers = (block.ref for bundle in rows.iter_internal_ref_bundles() for block in bundle.blocks)
+        start = partial(converter.remote, store.url, recipe, corpus.in_store)
+        with closing(ActorPool(start, convert_named, run.min_actors, run.actors)) as pool:
+            for batch in pool.results(buffers):
+                if pool.started_at is not None:
+                    started(pool.started_at)
+                yield [Receipt(**row) for row in batch.to_pylist()]
 
 
 @contextmanager

@@ -37,6 +37,7 @@ from core.text.documents import Document
 from core.text.tokens import Tokens, read
 from core.writing.gain import gain
 from core.writing.writer import AdapterWriter, Outcome, Rejected, Standing, Written
+from pipelines.conversion.heap import keep_freed_memory
 from pipelines.conversion.known_contents import KnownContents
 from pipelines.conversion.near_duplicates import sketch
 from pipelines.conversion.receipts import RECEIPTS, Receipt, Status, receipt_of, to_table
@@ -169,6 +170,7 @@ class Converter:
         self, store_url: str, recipe: ConvertRecipe, in_store: bool = False, writer: AdapterWriter | None = None
     ) -> None:
         torch.set_num_threads(recipe.run.threads)
+        keep_freed_memory()
         self._writer = writer or open_writer(recipe)
         self._store = Store.open(store_url)
         self._in_store = in_store

@@ -107,7 +107,7 @@ class Mean:
 
 @dataclass
 class Summary:
-    """Counts of one conversion. Rates leave out start-up: they count from the first file that was opened.
+    """Counts of one conversion. Rates leave out start-up: they count from when there was an actor to make adapters.
 
     files: the folder of `pipelines.conversion.run_files`. pruned, near: None where they were not asked for.
     by_reference_weights: whether the shipped hypernetwork wrote the adapters. Its size is
@@ -142,6 +142,11 @@ class Summary:
     def documents_per_s(self) -> float:
         """All documents, skipped ones too, by time."""
         return self.documents.total() / self.convert_s if self.convert_s else 0.0
+
+    @property
+    def nothing_stands(self) -> bool:
+        """Whether there were documents, and each was rejected."""
+        return 0 < self.documents["rejected"] == self.documents.total()
 
     @property
     def bytes_per_adapter(self) -> float:

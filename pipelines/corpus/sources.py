@@ -85,7 +85,7 @@ def dataset(source: Source) -> "ray.data.Dataset":
 
 
 class UniqueNames:
-    """A Ray Data stage, one actor: of rows with one name and different content, those after the first become rejects.
+    """One actor, for all rows: of those with one name and different content, the ones after the first become rejects.
 
     A row that comes again passes again, as Ray gives the rows of a lost node to the same actor once more. Holds about 250 bytes
     a name. Where the actor itself dies, it starts without any: then a later row may take the name.

@@ -468,3 +468,15 @@ def test_adapters_of_different_sites_share_a_batch_and_add_up():
     assert (logits_of(base, ids_BT, compose([some, full])) - nested).abs().max() < 1e-4
     with pytest.raises(ValueError, match="never to fewer or others"):
         full.padded_to(spec)
+
+
+@pytest.mark.parametrize("rank", [2, 16, 128])
+def test_a_delta_added_by_its_product_is_the_very_same(rank: int) -> None:
+    """Without gradient, one adapter for all rows is added in place; with it, product and sum are apart."""
+    base = tiny_base()
+    weights, ids_BT = random_adapters(base, 1, rank=rank), random_ids(3, 40)
+    with attach(base, weights):
+        apart = base.hidden_states(ids_BT)
+        with torch.no_grad():
+            assert torch.equal(base.hidden_states(ids_BT), apart)
+            assert torch.equal(base.hidden_states(ids_BT), apart), "nothing of the base was overwritten"
