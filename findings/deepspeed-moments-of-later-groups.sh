@@ -1,21 +1,23 @@
 #!/usr/bin/env bash
 # Library:   deepspeed 0.19.8 (torch 2.13.0)
-# Behaviour: ZeRO 1 and 2 link the optimiser's moments to parameters once, in the first step, after the first parameter group alone was
-#            stepped. Parameters of later groups stay unlinked for good: safe_get_full_optimizer_state raises "exp_avg not found" for
-#            them, though the optimiser holds their moments and trains with them. Two groups (weight decay or none) are the usual case.
+# Behaviour: ZeRO 1 and 2 link the optimiser's moments to parameters once, in the first step, after the first
+#            parameter group alone was stepped. Parameters of later groups stay unlinked for good:
+#            safe_get_full_optimizer_state raises "exp_avg not found" for them, though the optimiser holds their
+#            moments and trains with them. Two groups (weight decay or none) are the usual case.
 # Guess:     After a step, every trained parameter's moments can be read, in whatever group it is.
-# Seen:      A linear in one group: moments of weight and bias are read. Weight and bias in two groups: the weight's are read, the
-#            bias's raise ValueError, after one step and after three; the optimiser has non-zero moments for both.
+# Seen:      A linear in one group: moments of weight and bias are read. Weight and bias in two groups: the weight's
+#            are read, the bias's raise ValueError, after one step and after three; the optimiser has non-zero
+#            moments for both.
 
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 cd "$folder" && unset PYTHONPATH
 "${PYTHON:-python3.11}" -m venv venv
-venv/bin/pip install -qq --disable-pip-version-check torch==2.13.0 numpy==2.4.6 deepspeed==0.19.8
+venv/bin/pip install -qq --no-compile --disable-pip-version-check torch==2.13.0 numpy==2.4.6 deepspeed==0.19.8
 
 export DS_ACCELERATOR=cpu RANK=0 LOCAL_RANK=0 WORLD_SIZE=1 MASTER_ADDR=127.0.0.1 MASTER_PORT=0
-venv/bin/python - 2>deepspeed.log <<'EOF'
+venv/bin/python - <<'EOF'
 import importlib
 import logging
 import sys
@@ -56,8 +58,10 @@ def moments(stage, groups, steps):
     return found, len(held) == groups and all(held)
 
 
-seen = {f"ZeRO {stage}, {groups} groups, {steps} steps": moments(stage, groups, steps)
-        for stage, groups, steps in [(1, 1, 1), (1, 2, 1), (1, 2, 3), (2, 2, 3)]}
+seen = {
+    f"ZeRO {stage}, {groups} groups, {steps} steps": moments(stage, groups, steps)
+    for stage, groups, steps in [(1, 1, 1), (1, 2, 1), (1, 2, 3), (2, 2, 3)]
+}
 told = {name: ([True, True if "1 groups" in name else "exp_avg not found"], True) for name in seen}
 print("as told" if seen == told else "CHANGED", seen)
 sys.stdout.flush()

@@ -1,18 +1,21 @@
 #!/usr/bin/env bash
 # Library:   pyarrow 26.0.1
-# Behaviour: Reading Parquet with a filter can leave out rows that the same filter keeps on the table in memory: rows whose value is
-#            NaN. A row group's statistics leave NaN out, and the reader takes them for bounds of all values; a filter that holds for
-#            NaN alone (not(loss <= limit), loss != 1) skips the whole row group. Which rows come back depends on how the file was cut.
-# Guess:     A filter gives the same rows from a file as from memory; statistics are not used where they cannot bound NaN.
-# Seen:      Losses 1, NaN, 2, 9 and not(loss <= 10): the NaN row from memory, from a file without statistics, and from a file of
-#            one-row groups; no row from a file of one row group. With not(loss <= 5) the NaN row is there, since 9 keeps the group.
+# Behaviour: Reading Parquet with a filter can leave out rows that the same filter keeps on the table in memory: rows
+#            whose value is NaN. A row group's statistics leave NaN out, and the reader takes them for bounds of all
+#            values; a filter that holds for NaN alone (not(loss <= limit), loss != 1) skips the whole row group.
+#            Which rows come back depends on how the file was cut.
+# Guess:     A filter gives the same rows from a file as from memory; statistics are not used where they cannot bound
+#            NaN.
+# Seen:      Losses 1, NaN, 2, 9 and not(loss <= 10): the NaN row from memory, from a file without statistics, and
+#            from a file of one-row groups; no row from a file of one row group. With not(loss <= 5) the NaN row is
+#            there, since 9 keeps the group.
 
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 cd "$folder" && unset PYTHONPATH
 "${PYTHON:-python3.11}" -m venv venv
-venv/bin/pip install -qq --disable-pip-version-check pyarrow==26.0.1
+venv/bin/pip install -qq --no-compile --disable-pip-version-check pyarrow==26.0.1
 
 venv/bin/python - <<'EOF'
 import sys

@@ -1,20 +1,21 @@
 #!/usr/bin/env bash
 # Library:   ray 2.60.0, Ray Serve
-# Behaviour: When serve.multiplexed evicts a model it calls the model's __del__ as a plain function, and Python calls it again when the
-#            object goes: each evicted model's __del__ runs twice. A model that gives back memory, a slot or a reference count there
-#            gives it back twice - the second time perhaps somebody else's.
+# Behaviour: When serve.multiplexed evicts a model it calls the model's __del__ as a plain function, and Python calls
+#            it again when the object goes: each evicted model's __del__ runs twice. A model that gives back memory,
+#            a slot or a reference count there gives it back twice - the second time perhaps somebody else's.
 # Guess:     Serve drops its reference and Python calls __del__, once.
-# Seen:      Room for one model, requests for a, b, a: the log of the replica is open a, del a, del a, open b, del b, del b, open a.
+# Seen:      Room for one model, requests for a, b, a: the log of the replica is open a, del a, del a, open b, del b,
+#            del b, open a.
 
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 cd "$folder" && unset PYTHONPATH
 "${PYTHON:-python3.11}" -m venv venv
-venv/bin/pip install -qq --disable-pip-version-check 'ray[serve]==2.60.0'
+venv/bin/pip install -qq --no-compile --disable-pip-version-check 'ray[serve]==2.60.0'
 
 export RAY_USAGE_STATS_ENABLED=0 RAY_AUTH_MODE=disabled RAY_worker_niceness=0
-venv/bin/python - 2>serve.log <<'EOF'
+venv/bin/python - <<'EOF'
 import os
 import sys
 

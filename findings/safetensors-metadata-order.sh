@@ -1,17 +1,20 @@
 #!/usr/bin/env bash
 # Library:   safetensors 0.8.0
-# Behaviour: Saving the same tensors with the same metadata twice gives different bytes, even in one process: the header holds the
-#            metadata in an order that is drawn anew each time. With no metadata or one entry the bytes are the same. So a digest of
-#            the file, a layer of an image or a cache keyed by content changes though nothing has.
-# Guess:     The same call gives the same bytes: the format has nothing that could differ, and tensors are put into a fixed order.
-# Seen:      Twenty saves with eight entries: more than one digest (about twenty). None or one entry: one digest. All load equal.
+# Behaviour: Saving the same tensors with the same metadata twice gives different bytes, even in one process: the
+#            header holds the metadata in an order that is drawn anew each time. With no metadata or one entry the
+#            bytes are the same. So a digest of the file, a layer of an image or a cache keyed by content changes
+#            though nothing has.
+# Guess:     The same call gives the same bytes: the format has nothing that could differ, and tensors are put into a
+#            fixed order.
+# Seen:      Twenty saves with eight entries: more than one digest (about twenty). None or one entry: one digest. All
+#            load equal.
 
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 cd "$folder" && unset PYTHONPATH
 "${PYTHON:-python3.11}" -m venv venv
-venv/bin/pip install -qq --disable-pip-version-check safetensors==0.8.0 numpy==2.4.6
+venv/bin/pip install -qq --no-compile --disable-pip-version-check safetensors==0.8.0 numpy==2.4.6
 
 venv/bin/python - <<'EOF'
 import hashlib

@@ -1,18 +1,19 @@
 #!/usr/bin/env bash
 # Library:   transformers 5.23.0 with tokenizers 0.23.3
-# Behaviour: A call of a tokenizer with truncation or padding leaves both settings in it, and save_pretrained writes them into
-#            tokenizer.json. transformers resets them at each call and shows nothing; whoever opens the file with tokenizers itself (a
-#            server in Rust, a tool that counts tokens) gets every text cut to the length of that last call, and padded to it.
+# Behaviour: A call of a tokenizer with truncation or padding leaves both settings in it, and save_pretrained writes
+#            them into tokenizer.json. transformers resets them at each call and shows nothing; whoever opens the
+#            file with tokenizers itself (a server in Rust, a tool that counts tokens) gets every text cut to the
+#            length of that last call, and padded to it.
 # Guess:     Truncation and padding belong to the call; what is saved is the tokenizer as it was loaded.
-# Seen:      12 words, a tokenizer called once with max_length=4 and then saved: 4 ids by tokenizers, without an error; 12 ids by
-#            transformers. One word: padded to 4. Saved before that call: 12 ids.
+# Seen:      12 words, a tokenizer called once with max_length=4 and then saved: 4 ids by tokenizers, without an
+#            error; 12 ids by transformers. One word: padded to 4. Saved before that call: 12 ids.
 
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 cd "$folder" && unset PYTHONPATH
 "${PYTHON:-python3.11}" -m venv venv
-venv/bin/pip install -qq --disable-pip-version-check transformers==5.23.0 tokenizers==0.23.3
+venv/bin/pip install -qq --no-compile --disable-pip-version-check transformers==5.23.0 tokenizers==0.23.3
 
 venv/bin/python - <<'EOF'
 import sys

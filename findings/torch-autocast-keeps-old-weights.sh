@@ -1,18 +1,21 @@
 #!/usr/bin/env bash
 # Library:   torch 2.13.0
-# Behaviour: Inside one torch.autocast region every weight is cast once and the cast copy is kept until the outermost region ends. An
-#            optimiser step or load_state_dict in the region changes the weight, but not the copy: the model goes on answering with
-#            its first weights, and says nothing. A region of its own around each forward does not help inside an outer one.
-# Guess:     The copy is made anew when the weight has changed; torch counts the versions of a tensor for autograd anyway.
-# Seen:      Four steps of SGD in one region: four times the same loss. A region for each step: it falls. A region for each step in an
-#            outer one: the same loss again. After load_state_dict of zeros in the region: the old outputs, not zeros.
+# Behaviour: Inside one torch.autocast region every weight is cast once and the cast copy is kept until the outermost
+#            region ends. An optimiser step or load_state_dict in the region changes the weight, but not the copy:
+#            the model goes on answering with its first weights, and says nothing. A region of its own around each
+#            forward does not help inside an outer one.
+# Guess:     The copy is made anew when the weight has changed; torch counts the versions of a tensor for autograd
+#            anyway.
+# Seen:      Four steps of SGD in one region: four times the same loss. A region for each step: it falls. A region
+#            for each step in an outer one: the same loss again. After load_state_dict of zeros in the region: the
+#            old outputs, not zeros.
 
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 cd "$folder" && unset PYTHONPATH
 "${PYTHON:-python3.11}" -m venv venv
-venv/bin/pip install -qq --disable-pip-version-check torch==2.13.0 numpy==2.4.6
+venv/bin/pip install -qq --no-compile --disable-pip-version-check torch==2.13.0 numpy==2.4.6
 
 venv/bin/python - <<'EOF'
 import sys

