@@ -4,8 +4,8 @@ Documents of the reference world are converted with the shipped hypernetwork and
 then `imprint lift --preset v4_fast` lifts them into the same store, with the questions that Imprint writes itself, and a new
 server is asked the same. Answers are paired by question. Bar: no document answers fewer of its questions.
 
-Run from the root: `python -m benchmarks.lift.paired`; about 3 minutes on 2 cores. Writes benchmarks/results/lift_paired.json. Exit
-status 1 where the bar is missed.
+Run from the root: `python -m benchmarks.lift.paired`; about 3 minutes on 2 cores. Writes benchmarks/results/lift_paired.json.
+Exit status 1 where the bar is missed.
 """
 
 import argparse
