@@ -30,14 +30,16 @@ WAYS = ("now", "before")
 
 CONVERSION = """
 import importlib, json, sys, time
+from pathlib import Path
+
 corpus, store, base, hypernetwork, actors = sys.argv[1:]
 
 def first(*places):
+    # By the tree's files, as Python may find what the tree lacks in another one that is installed.
     for place, name in places:
-        try:
+        file = Path.cwd() / place.replace(".", "/")
+        if file.with_suffix(".py").exists():
             return getattr(importlib.import_module(place), name)
-        except (ImportError, AttributeError):
-            pass
     raise SystemExit(f"none of {places} is there")
 
 ray_session = first(("pipelines.ray_session", "ray_session"), ("imprint", "ray_session"))

@@ -220,12 +220,19 @@ def memory_tokens(base: BaseModel, settings: HypernetworkSettings) -> int:
 
 
 def forward_flops(base: BaseModel, settings: HypernetworkSettings, volume: Volume) -> float:
-    """Of the hypernetwork's forward passes over all windows, padding left out."""
+    """Of the hypernetwork's forward passes over all windows, padding left out.
+
+    What follows attention in the last layer is computed at the memory positions alone.
+    """
     layers, hidden, memory = len(base.layers), base.hidden_size, memory_tokens(base, settings)
     read = volume.window_tokens + volume.windows * memory
     squares = volume.squared_tokens + 2 * memory * volume.window_tokens + volume.windows * memory**2
     meta = base.spec(settings.meta_rank + settings.additional_meta_rank, settings.sites).numel
+    late = [site for site in SITES[SITES.index("o") :] if site in settings.sites]
+    late_meta = base.spec(settings.meta_rank + settings.additional_meta_rank, tuple(late)).layer_numel[-1] if late else 0
+    late_weights = sum(math.prod(base.linear_shape(layers - 1, site)) for site in SITES[SITES.index("o") :])
     encoder = 2 * read * (_weights(base) + meta) + 2 * squares * _query_widths(base)
+    encoder -= 2 * volume.window_tokens * (late_weights + late_meta)
     linears = 2 * (4 * hidden**2 + 2 * hidden * settings.feed_forward)
     m2p = settings.num_layers * layers * memory * (linears + 4 * hidden * (layers + memory) / 2)
     return encoder + volume.windows * m2p

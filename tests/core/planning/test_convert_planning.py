@@ -91,11 +91,14 @@ def shown(renderable: Any, width: int = 100) -> str:
 
 @pytest.mark.parametrize("architecture", ["qwen3", "qwen2"])
 def test_flops_are_those_that_torch_counts(architecture: str) -> None:
-    """Torch counts every score of the base's attention, the plan the half that a causal mask leaves."""
+    """Torch counts every score of the base's attention, the plan the half that a causal mask leaves.
+
+    With gradient, as torch does not count products that are added in place.
+    """
     base, rows, tokens = tiny_base(architecture), 3, 40
     ids_BT = torch.ones(rows, tokens, dtype=torch.int64)
     hypernetwork = Hypernetwork(base, SETTINGS)
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         hypernetwork.generate(ids_BT, torch.ones_like(ids_BT))
     memory = memory_tokens(base, SETTINGS)
     assert memory == len(hypernetwork.memory_MH)
@@ -108,7 +111,7 @@ def test_two_million_adapters_of_qwen3_8b_are_87_tb(qwen3_8b: Path) -> None:
     assert plan.made.bytes == 2 * 8 * 36 * 75_776 == 43_646_976
     assert round(plan.adapter_bytes / 1e12) == 87 and "87.3 TB" in shown(plan_tables(plan, "corpus"))
     assert plan.made.memory_tokens == 148
-    assert plan.flops / 2e6 == pytest.approx(2.29e13, rel=0.01)
+    assert plan.flops / 2e6 == pytest.approx(2.25e13, rel=0.01)
     assert {other.rank for other in plan.alternatives if other.sites == SITES} == {4, 8, 16, 32}
     attention = next(other for other in plan.alternatives if other.sites == ("q", "k", "v", "o"))
     assert attention.bytes["bf16"] == 2 * 8 * 36 * (2 * 8192 + 2 * 5120) and attention.gpu_hours < plan.gpu_hours
