@@ -103,7 +103,7 @@ def test_readme_path_from_world_to_peft(said_by_ray, tmp_path, monkeypatch):
     for _, command, *arguments in readme_commands():
         if command == "world" and "test" in arguments:
             arguments[arguments.index("--count") + 1] = "3"
-        elif command not in ("convert", "export", "store"):
+        elif command not in ("convert", "export", "store") or "Qwen/Qwen3-8B" in arguments:
             continue
         ran.append(command)
         run(command, *arguments)
@@ -135,16 +135,22 @@ def test_lift_is_convert_by_another_method(ray_local, tmp_path):
     fast = ["--preset", "v4_fast", *changes, "--set", "lift.serving_rank=4"]
     memory = ["--method", "lift", "--preset", "v4_fast", *changes, "--set", "lift.settings.adapter.kind=gated_memory"]
     said = run("convert", str(corpus), str(store), *memory)
-    assert "2 documents: 1 converted, 0 shared, 0 unchanged, 1 rejected" in said and "not lifted" in said and "quality" in said
+    assert (
+        "2 documents: 1 converted, 0 shared, 0 unchanged, 1 rejected" in said
+        and "not lifted" in said
+        and "measured 1 of 1" in said
+    )
     assert "gated memory, which PEFT knows no form of" in fail("export", str(store), "one.txt", str(tmp_path / "peft"))
     said = run("lift", str(corpus), str(store), *fast)
-    assert "1 converted" in said and "cut to the serving rank, relative error" in said and "lost by the cut in rank" in said
+    assert "1 converted" in said and "cut to the serving rank, relative error" in said and "are withheld" in said
     assert "1 unchanged, 1 rejected" in run("lift", str(corpus), str(store), *fast)
     opened = Store.open(store)
     rows = opened.find_adapters("default", opened.find_document("default", "default", "one.txt").content_hash)
     assert [opened.spec(row.spec_fingerprint).kind for row in rows] == ["gated_memory", "lora"]
-    assert [row.rank for row in rows][1] == 4 and rows[1].error > 0 and rows[1].quality is not None
+    assert [row.rank for row in rows][1] == 4 and rows[1].error > 0 and rows[1].questions is not None
     assert not list((tmp_path / "states").iterdir())
+    assert "no LoRA that answers" in fail("export", str(store), "one.txt", str(tmp_path / "peft"))
+    run("lift", str(corpus), str(store), *fast, "--set", "lift.gate.questions=0", "--set", "lift.questions.rules.seed=9")
     run("export", str(store), "one.txt", str(tmp_path / "peft"))
     assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["r"] == 4
     assert "preset 'v9' is not known" in fail("lift", str(corpus), str(store), "--preset", "v9")

@@ -82,7 +82,9 @@ def write_peft(directory: str | Path, base: BaseModel, weights: LoraWeights, bas
     }
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, directory / PEFT_TENSORS, metadata={"format": "pt", _BASE_KEY: base.fingerprint})
+    save_file(
+        tensors, directory / PEFT_TENSORS, metadata={_BASE_KEY: base.fingerprint}
+    )  # one: of several safetensors shuffles the order
     (directory / PEFT_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
 

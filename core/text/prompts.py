@@ -120,7 +120,7 @@ def _around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """What the tokenizer puts before a text and behind it."""
     alone = tokenizer.encode("x", add_special_tokens=False)
     whole = tokenizer.encode("x")
-    start = next((place for place in range(len(whole)) if whole[place : place + len(alone)] == alone), None)
+    start = next((place for place in range(len(whole) - len(alone) + 1) if whole[place : place + len(alone)] == alone), None)
     if start is None:
         raise ValueError(f"the tokenizer of {_name(tokenizer)} changes a text that it puts marks around: give token ids")
     return whole[:start], whole[start + len(alone) :]

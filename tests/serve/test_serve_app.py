@@ -143,9 +143,8 @@ def test_a_replica_marks_its_reason_in_what_it_raises(tmp_path: Path) -> None:
         return str(json.loads(found[1])[0])
 
     assert "no store at" in reason(settings.model_copy(update={"store": str(tmp_path / "nothing")}))
-    windowed = config | {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 0, "layer_types": None}
-    (tmp_path / "base" / "config.json").write_text(json.dumps(windowed))
-    assert "attends to the last 64 tokens only" in reason(settings)
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config | {"model_type": "phi3"}))
+    assert "lacks weights" in reason(settings)
     (tmp_path / "base" / "config.json").write_text(json.dumps(config))
     small = settings.model_copy(update={"run": settings.run.model_copy(update={"adapter_memory_bytes": 10})})
     assert "give more" in reason(small)

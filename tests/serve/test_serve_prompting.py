@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from core.text.control import encode_marked
 from core.text.prompts import encode, in_context, prompt
 from pipelines.world.tokenizer import CHAT_TEMPLATE, build_tokenizer
 from serve.prompting import Document, Prompter
@@ -121,7 +122,9 @@ def test_a_long_text_is_made_into_tokens_once(monkeypatch: pytest.MonkeyPatch) -
     tokenizer = TOKENIZERS["qwen"]
     prompter = Prompter(tokenizer, "base", 10**6, 64, threads=1)
     sizes: list[int] = []
-    monkeypatch.setattr("core.text.prompts.encode", lambda own, text: sizes.append(len(text)) or encode(own, text))
+    monkeypatch.setattr(
+        "core.text.prompts.encode_marked", lambda own, text, marks: sizes.append(len(text)) or encode_marked(own, text, marks)
+    )
     text = LONG * 8
     expected = prompt(tokenizer, [{"role": "user", "content": in_context(text, "When?")}])
     assert made(prompter, chat_body("Who?"), Document("h", text))

@@ -23,12 +23,16 @@ class SlowStore(Store):
         with self._lock:
             self.running += 1
             self.most = max(self.most, self.running)
+        if self.meeting is not None:
+            self.meeting.wait(60)
         time.sleep(self.delay_s)
         with self._lock:
             self.running -= 1
         return super().get_vector(row)
 
     running = most = 0
+    meeting: threading.Barrier | None = None
+    """Where so many reads wait for each other, at any speed of the machine."""
     _lock = threading.Lock()
 
 
@@ -51,6 +55,7 @@ def residency_for(world: World, adapters: int, **options: int) -> tuple[Residenc
 def test_one_load_for_many_requests_and_loads_side_by_side(world: World) -> None:
     async def main() -> None:
         residency, store, rows = residency_for(world, adapters=6, parallel_loads=3)
+        store.meeting = threading.Barrier(3)
         got = await asyncio.gather(*(residency.get(row) for row in rows * 8))
         counters = residency.counters
         assert (counters.loads, counters.misses, counters.hits, store.most) == (6, 48, 0, 3)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from core.config import digest
 from core.store.errors import CorruptObject, MissingObject, StoreError
 from core.store.manifest import blob_hash
-from core.store.roots import Root
+from core.store.roots import FORMAT_VERSION, Root
 from core.store.store import Store
 from tests.stores import SPEC, document, flip, store_with_one, the_file
 
@@ -94,9 +94,10 @@ def forge(path: Path, change: Callable[[dict], object]) -> None:
 
 def test_an_unknown_format_says_which_version_reads_it(tmp_path: Path) -> None:
     store_with_one(tmp_path)
-    forge(tmp_path, lambda root: root.update(format_version=4, something="new"))
+    forge(tmp_path, lambda root: root.update(format_version=FORMAT_VERSION + 1, something="new"))
+    known, newer = FORMAT_VERSION, FORMAT_VERSION + 1
     with pytest.raises(
-        ValueError, match=r"roots/0+2\.json has format version 4, and this Imprint reads version 3.*reads format version 4"
+        ValueError, match=rf"roots/0+2\.json has format version {newer}, and this Imprint reads version {known}.*version {newer}"
     ):
         Store.open(tmp_path)
 

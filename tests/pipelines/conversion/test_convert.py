@@ -284,7 +284,7 @@ def test_an_actor_that_is_stopped_goes_on_document_by_document(recipe: ConvertRe
         found = [
             adapter for row in store.list_documents("acme").rows for adapter in store.find_adapters("acme", row.content_hash)
         ]
-        assert all(row.error is not None and row.error > 0 and row.quality is not None for row in found)
+        assert all(row.error is not None and row.error > 0 and row.questions is not None for row in found)
         return {row.content_hash: store.get_vector(row) for row in found}
 
     stopped, whole = str(tmp_path / "stopped"), str(tmp_path / "whole")
