@@ -271,7 +271,7 @@ def written(delimiter: str, quoting: int = csv.QUOTE_MINIMAL) -> str:
         ("a.csv", b"sep=;\r\n" + written(";").encode()),
         ("a.csv", written("\t").encode("utf-16")),
         ("a.tsv", written("\t").encode()),
-        ("a.TSV.gz", gzip.compress(written("\t").encode())),
+        ("a.TSV.gz", gzip.compress(written("\t").encode(), mtime=0)),
         ("a.csv.zst", zstd(written(",").encode())),
     ],
 )
