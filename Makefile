@@ -1,8 +1,6 @@
 # A machine with Python 3.11, make and PyPI needs nothing else. GPU=1 takes the CUDA build of torch instead of the CPU one.
 PYTHON ?= $(or $(shell command -v python3.11),python3)
 CPU_INDEX ?= https://download.pytorch.org/whl/cpu
-# Of the tests: one has the Ray that they share, the others take a file at a time. The order is random; its seed is printed.
-PROCESSES ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 CODE := core pipelines serve imprint.py benchmarks
@@ -36,8 +34,8 @@ endif
 demo: setup  ## Train, convert, serve, ask and compare, in ten minutes
 	$(BIN)/imprint demo
 
-test: setup  ## Run the tests (without slow and gpu)
-	$(BIN)/python -m pytest -n $(PROCESSES) --dist loadgroup
+test: setup  ## Run the tests (without slow and gpu), in random order: the seed is printed
+	$(BIN)/python -m pytest
 
 test-slow: setup  ## Run the slow tests: kills, soaks, ablations
 	$(BIN)/python -m pytest -m 'slow and not gpu' --timeout 7200 -p no:randomly

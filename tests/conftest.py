@@ -72,7 +72,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 class Skips:
-    """Notes what was skipped and may not be: of this process's tests, or of all of pytest-xdist's workers."""
+    """Notes what was skipped and may not be: as reports of tests and of files arrive."""
 
     def __init__(self, skipped: list[str]) -> None:
         self._skipped = skipped
@@ -84,14 +84,6 @@ class Skips:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.skipped and not hasattr(report, "wasxfail") and MAY_SKIP.isdisjoint(report.keywords):
             self._skipped.append(report.nodeid)
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With `pytest -n 2 --dist loadgroup` (pytest-xdist), one worker has the Ray, and a file's tests stay together."""
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            group = "ray" if "ray_local" in getattr(item, "fixturenames", ()) else item.nodeid.partition("::")[0]
-            item.add_marker(pytest.mark.xdist_group(group))
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
