@@ -7,7 +7,6 @@ from core.store.errors import StoreError
 from serve.access import StoreBusy, StoreSlow, StoreStale
 from serve.engines import DeadlinePassed, Draining, EngineFailed, Overloaded, Refused
 from serve.errors import ApiError, hidden
-from serve.residency import AdapterUnusable
 from serve.resolver import BadPage, ModeImpossible, UnknownModel
 
 RETRY_AFTER_S = 1
@@ -38,7 +37,5 @@ def as_api_errors() -> Iterator[None]:
         raise ApiError(504, str(error), code="deadline_passed") from None
     except (Draining, EngineFailed) as error:
         raise ApiError(503, str(error), code="not_ready", retry_after_s=RETRY_AFTER_S) from None
-    except AdapterUnusable as error:
-        raise ApiError(500, str(error), code="adapter_unusable") from None
     except (StoreError, OSError) as error:
         raise hidden("the store failed", error, 503, "store_failed", RETRY_AFTER_S) from None

@@ -22,9 +22,8 @@ import torch
 
 from core.adapters.base_model import load_base, tokenizer_of
 from core.shine.hypernetwork import Hypernetwork
+from pipelines.options import REFERENCE
 from pipelines.world.documents import WORLD_VERSION, specification_fingerprint
-
-REFERENCE = Path(__file__).parents[2] / "assets" / "reference"
 
 
 def is_reference(hypernetwork: str | None) -> bool:
