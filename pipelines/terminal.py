@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import typer
 from rich import box
@@ -10,7 +9,6 @@ from rich.console import Console
 from rich.table import Table
 
 console = Console()
-REFERENCE_BASE = Path(__file__).parents[1] / "assets" / "reference" / "base"
 _UNITS = ("bytes", "kB", "MB", "GB", "TB", "PB", "EB")
 
 

@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from pipelines.terminal import REFERENCE_BASE, console, say, told
+from pipelines.options import REFERENCE
+from pipelines.terminal import console, say, told
 
 exchange_app = typer.Typer()
 
@@ -47,7 +48,7 @@ def import_peft(
     directory: Annotated[Path, typer.Argument(help="What PEFT saved: adapter_config.json, adapter_model.safetensors.")],
     store: Annotated[str, typer.Argument(help="The store; made where there is none.")],
     name: Annotated[str, typer.Argument(help="The document that shall answer from it.")],
-    base: Base = str(REFERENCE_BASE),
+    base: Base = str(REFERENCE / "base"),
     text: Annotated[Path | None, typer.Option(help="The document's text.", show_default="the store's, if it has one")] = None,
     base_name: Annotated[
         str | None, typer.Option(help="What the adapter calls its base, where that is not --base.", show_default="as of --base")
@@ -72,7 +73,7 @@ def export(
     store: Annotated[str, typer.Argument(help="The store.")],
     document: Annotated[str, typer.Argument(help="The document's name.")],
     out: Annotated[Path, typer.Argument(help="Where to write adapter_config.json and adapter_model.safetensors.")],
-    base: Base = str(REFERENCE_BASE),
+    base: Base = str(REFERENCE / "base"),
     base_name: Annotated[
         str | None, typer.Option(help="What the adapter calls its base: for vLLM, its `--model`.", show_default="as of --base")
     ] = None,

@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from pipelines.terminal import REFERENCE_BASE, console, counted, say, told
+from pipelines.options import REFERENCE
+from pipelines.terminal import console, counted, say, told
 
 store_app = typer.Typer(
     no_args_is_help=True,
@@ -235,7 +236,7 @@ def export_documents(
     store: StoreUrl,
     out: Annotated[Path, typer.Argument(help="Where to write a directory for each adapter, and documents.jsonl.")],
     base: Annotated[str, typer.Option(help="Model directory or Hugging Face name.", show_default="the reference base")] = str(
-        REFERENCE_BASE
+        REFERENCE / "base"
     ),
     base_name: Annotated[
         str | None, typer.Option(help="What the adapters call their base: for vLLM, its `--model`.", show_default="as of --base")
